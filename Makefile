@@ -1,0 +1,50 @@
+# Every target sets itself up: it creates the environment if it is missing or out of date, then runs.
+PYTHON ?= python3
+# The environment is keyed to the pins: another constraints.txt or pyproject.toml means another environment.
+PINS := $(shell cat constraints.txt pyproject.toml | cksum | cut -d' ' -f1)
+VENV ?= .venv-$(PINS)
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+LAKE ?= demo-lake
+
+.PHONY: help env demo test test-unit test-pipeline check format clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+
+$(READY):
+	@echo "Creating $(VENV) (about two minutes, 6 GB) ..."
+	$(PYTHON) -c 'import sys; sys.exit("mmkd needs Python 3.11 or newer; set PYTHON=python3.11") if sys.version_info < (3, 11) else None'
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	ln -sfn $(VENV) .venv
+	touch $@
+
+env: $(READY)  ## create the environment
+
+demo: $(READY)  ## the whole pipeline on a laptop: corpus, teachers, lake, student, report
+	$(BIN)/mmkd demo --lake $(LAKE)
+
+test: test-unit test-pipeline  ## every test that needs no GPU
+
+test-unit: $(READY)  ## fast tests without Ray
+	$(BIN)/python -m pytest
+
+test-pipeline: $(READY)  ## local Ray, small real models, moto S3, real kills
+	$(BIN)/python -m pytest -m 'ray and not gpu and not slow'
+
+check: $(READY)  ## format, lint, spelling, types, import layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/codespell common extractor trainer cluster tests docs *.md
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)  ## rewrite the sources in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove environments and caches (not your lakes)
+	rm -rf .venv .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache

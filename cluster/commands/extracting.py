@@ -1,0 +1,81 @@
+"""The commands of the extracting half: ingest and extract."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cluster.commands.options import Catalog, ConfigFile, Overrides, PrintConfig, Teachers, show_config, split_names
+from cluster.session import ray_session
+from common.config import load_config
+from extractor.config import DecodeLimits, ExtractConfig, IngestConfig
+
+
+def ingest(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE... LAKE", help="One or more sources, then the lake.")],
+    source_format: Annotated[
+        str | None, typer.Option("--format", help="webdataset, jsonl, csv or parquet; default: by extension.")
+    ] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column with the image path, URI or bytes.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="Column with the caption or captions.")] = None,
+    max_side: Annotated[int | None, typer.Option(help="Re-encode pictures larger than this many pixels.")] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Turn image-caption sources into the pairs of a lake.
+
+    Sources are WebDataset tars (brace patterns and lists too), JSONL or CSV with image paths, or Parquet with image
+    bytes, on a local disk or any fsspec address. What cannot become a pair is kept in rejects/ with its reason.
+
+    Example: mmkd ingest pairs.jsonl ./lake
+    """
+    settings = load_config(
+        IngestConfig,
+        config,
+        overrides or (),
+        format=source_format,
+        image_column=image_column,
+        caption_column=caption_column,
+        max_side=max_side,
+    )
+    if print_config:
+        show_config(settings)
+        return
+    if len(sources) < 2:
+        raise typer.BadParameter("give at least one SOURCE and then the LAKE")
+    with ray_session():
+        from extractor.ingest import ingest as run
+
+        run(sources[:-1], sources[-1], settings, DecodeLimits())
+
+
+def extract(
+    lake: Annotated[str, typer.Argument(metavar="LAKE", help="Folder or address of the lake.")],
+    teachers: Teachers = None,
+    catalog: Catalog = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Pictures per forward pass.")] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Embed the pairs with every named teacher; computes only what is missing.
+
+    Example: mmkd extract ./lake --teachers biomedclip,plip,mine=./my-clip-folder
+    """
+    settings = load_config(
+        ExtractConfig,
+        config,
+        overrides or (),
+        teachers=split_names(teachers),
+        catalog=catalog,
+        micro_batch=micro_batch,
+    )
+    if print_config:
+        show_config(settings)
+        return
+    with ray_session():
+        from extractor.pipeline import extract as run
+
+        run(lake, settings)

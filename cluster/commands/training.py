@@ -1,0 +1,131 @@
+"""The commands of the training half: select, train, evaluate and export."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cluster.commands.options import Catalog, ConfigFile, Overrides, PrintConfig, Teachers, show_config, split_names
+from cluster.session import ray_session
+from common.config import load_config
+from trainer.config import EvaluateConfig, SelectConfig, Stage1Config, Stage2Config
+
+LakeUri = Annotated[str, typer.Argument(metavar="LAKE", help="Folder or address of the lake.")]
+Run = Annotated[str, typer.Option("--run", help="Name of the run; the same name resumes it.")]
+
+train_app = typer.Typer(no_args_is_help=True, help="Train the student: stage1, then stage2 from its checkpoint.")
+
+
+def select(
+    lake: LakeUri,
+    teachers: Teachers = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Score every pair with every teacher and decide which teachers may speak for it.
+
+    Example: mmkd select ./lake --set keep_fraction=0.74
+    """
+    settings = load_config(SelectConfig, config, overrides or (), teachers=split_names(teachers))
+    if print_config:
+        show_config(settings)
+        return
+    from trainer.selection import select as run
+
+    run(lake, settings)
+
+
+@train_app.command("stage1")
+def stage1(
+    lake: LakeUri,
+    run: Run = "stage1",
+    epochs: Annotated[int | None, typer.Option(help="Passes over the train split.")] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Pre-train the student contrastively on the pairs.
+
+    Example: mmkd train stage1 ./lake --set model.architecture=ViT-B-16 --set data.batch_size=1024
+    """
+    settings = load_config(Stage1Config, config, overrides or (), epochs=epochs)
+    if print_config:
+        show_config(settings)
+        return
+    with ray_session():
+        from trainer.stage1 import train_stage1
+
+        typer.echo(train_stage1(lake, run, settings).checkpoint)
+
+
+@train_app.command("stage2")
+def stage2(
+    lake: LakeUri,
+    init: Annotated[
+        str | None, typer.Option("--init", metavar="CKPT", help="Stage-1 run or checkpoint folder.")
+    ] = None,
+    run: Run = "stage2",
+    teachers: Teachers = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the admitted samples.")] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Distil the student from the stored embeddings, starting from a stage-1 checkpoint.
+
+    Example: mmkd train stage2 ./lake --init ./lake/runs/stage1
+    """
+    settings = load_config(Stage2Config, config, overrides or (), teachers=split_names(teachers), epochs=epochs)
+    if print_config:
+        show_config(settings)
+        return
+    with ray_session():
+        from trainer.stage2 import train_stage2
+
+        typer.echo(train_stage2(lake, run, init, settings).checkpoint)
+
+
+def evaluate(
+    lake: LakeUri,
+    models: Annotated[
+        str,
+        typer.Option("--models", metavar="REF,REF", help="Teachers, checkpoints, runs or exported folders; NAME=REF."),
+    ],
+    catalog: Catalog = None,
+    split: Annotated[str | None, typer.Option(help="train, val or test.")] = None,
+    templates: Annotated[str | None, typer.Option(help="YAML file of prompt templates.")] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Measure zero-shot classification and retrieval for any teacher or student.
+
+    Example: mmkd evaluate ./lake --models plip,student=./student
+    """
+    settings = load_config(EvaluateConfig, config, overrides or (), split=split, templates=templates)
+    if print_config:
+        show_config(settings)
+        return
+    from trainer.evaluation.models import resolve_model
+    from trainer.evaluation.run import evaluate as run
+    from trainer.evaluation.tables import format_table
+
+    references = split_names(models) or ()
+    scores = run(lake, [resolve_model(reference, catalog) for reference in references], settings)
+    typer.echo(format_table(scores))
+
+
+def export(
+    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Run or checkpoint folder.")],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Where the model folder goes.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace what is in DIR.")] = False,
+) -> None:
+    """Write a folder that stock open_clip loads, with a model card.
+
+    Example: mmkd export ./lake/runs/stage2 ./student
+    """
+    from trainer.export import export_checkpoint
+
+    typer.echo(export_checkpoint(checkpoint, folder, force=force))

@@ -1,0 +1,45 @@
+"""The demo's models as plain open_clip configurations: small enough to train in seconds on two CPU cores."""
+
+from typing import Any
+
+CONTEXT_LENGTH = 20
+MEAN = (0.5, 0.5, 0.5)
+STD = (0.25, 0.25, 0.25)
+
+
+def _text(vocab_size: int, width: int, layers: int) -> dict[str, Any]:
+    """A causal text transformer that pools at the end-of-text token."""
+    return {
+        "context_length": CONTEXT_LENGTH,
+        "vocab_size": vocab_size,
+        # Any name makes open_clip read the tokenizer files that lie in the model folder itself.
+        "hf_tokenizer_name": "tokenizer-in-this-folder",
+        "width": width,
+        "heads": width // 32,
+        "layers": layers,
+        "pool_type": "argmax",
+    }
+
+
+def resnet(vocab_size: int, embed_dim: int, width: int, text_width: int = 64, image_size: int = 64) -> dict[str, Any]:
+    """A CLIP with a four-stage ModifiedResNet, one block a stage; `width` scales every stage."""
+    return {
+        "embed_dim": embed_dim,
+        "vision_cfg": {"layers": [1, 1, 1, 1], "width": width, "head_width": 32, "image_size": image_size},
+        "text_cfg": _text(vocab_size, text_width, layers=1),
+    }
+
+
+def vit(vocab_size: int, embed_dim: int, width: int, text_width: int = 64, image_size: int = 64) -> dict[str, Any]:
+    """A CLIP with a four-layer vision transformer over 8 x 8 pixel patches."""
+    return {
+        "embed_dim": embed_dim,
+        "vision_cfg": {"layers": 4, "width": width, "head_width": 32, "patch_size": 8, "image_size": image_size},
+        "text_cfg": _text(vocab_size, text_width, layers=1),
+    }
+
+
+def model_folder_config(model: dict[str, Any]) -> dict[str, Any]:
+    """The contents of `open_clip_config.json` for a model folder: architecture and preprocessing."""
+    preprocess = {"mean": list(MEAN), "std": list(STD), "interpolation": "bicubic", "resize_mode": "shortest"}
+    return {"model_cfg": model, "preprocess_cfg": preprocess}

@@ -1,0 +1,55 @@
+"""Ray, started or joined once per command, and shut down with it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from common.errors import ClusterError
+from common.logs import logger
+
+# Decode tasks and training workers are counted in whole CPUs; a small machine still needs room for both kinds.
+MIN_LOGICAL_CPUS = 4
+
+
+@contextmanager
+def ray_session(num_gpus: int | None = None) -> Iterator[None]:
+    """Join the cluster named by ``RAY_ADDRESS`` (a submitted job has it), else start a local Ray for this command.
+
+    Args:
+        num_gpus: Logical GPUs of a local Ray; None lets Ray look.
+
+    Raises:
+        ClusterError: The named cluster does not answer.
+    """
+    # Set before Ray is imported: it reads them then.
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    quiet = {"logging_level": logging.WARNING, "log_to_driver": True, "configure_logging": True}
+    try:
+        if address:
+            logger.info("joining the Ray cluster at %s", address)
+            ray.init(**quiet)
+        else:
+            cpus = max(os.cpu_count() or 1, MIN_LOGICAL_CPUS)
+            logger.info("starting a local Ray (%d logical CPUs)", cpus)
+            ray.init(address="local", num_cpus=cpus, num_gpus=num_gpus, include_dashboard=False, **quiet)
+    except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"Ray could not be reached or started (RAY_ADDRESS={address or 'not set'}): {error}. "
+            "Unset RAY_ADDRESS to run on this machine, or check that the cluster is up with `ray status`."
+        ) from error
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,130 @@
+"""Strict configuration: every step has one frozen pydantic class, filled from YAML and ``--set`` pairs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from common.errors import ConfigError
+
+
+class StrictModel(BaseModel):
+    """Base of all configuration: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=StrictModel)
+
+
+def fingerprint(value: Any) -> str:
+    """Name any JSON-able value by its content.
+
+    Returns:
+        The first 16 hex digits of the sha256 of the value's canonical JSON.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differing_keys(left: dict[str, Any], right: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Compare two flat or nested dictionaries.
+
+    Returns:
+        Dotted key -> (left value, right value), for each key whose values differ.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(set(left) | set(right)):
+        a, b = left.get(key), right.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found.update({f"{key}.{inner}": pair for inner, pair in differing_keys(a, b).items()})
+        elif a != b:
+            found[key] = (a, b)
+    return found
+
+
+def parse_config(kind: type[ConfigT], values: dict[str, Any], where: str = "the configuration") -> ConfigT:
+    """Validate values against a configuration class.
+
+    Raises:
+        ConfigError: One paragraph naming each bad key and, for an unknown key, those that exist.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(kind, error, where)) from error
+
+
+def load_config(kind: type[ConfigT], path: str | None, overrides: Iterable[str] = (), **flags: Any) -> ConfigT:
+    """Build a configuration from a YAML file, then ``key=value`` overrides, then explicit flags.
+
+    Args:
+        kind: The step's configuration class.
+        path: A local YAML file, or None for defaults.
+        overrides: ``key=value`` or ``outer.inner=value`` strings; values are read as YAML.
+        **flags: Command-line flags of the same names as fields; None means "not given".
+
+    Raises:
+        ConfigError: The file is missing or not a mapping, or a value is not accepted.
+    """
+    values: dict[str, Any] = {}
+    where = f"{kind.__name__}"
+    if path is not None:
+        values = read_yaml(path)
+        where = f"{kind.__name__} in {path}"
+    for item in overrides:
+        key, mark, raw = item.partition("=")
+        if not mark:
+            raise ConfigError(f"--set {item!r} has no '='; write --set key=value, for example --set seed=1.")
+        try:
+            _assign(values, key.strip().split("."), yaml.safe_load(raw))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {item!r}: the value is not valid YAML ({error}).") from error
+    values.update({key: value for key, value in flags.items() if value is not None})
+    return parse_config(kind, values, where)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Read a YAML mapping from a local file.
+
+    Raises:
+        ConfigError: The file is missing, not YAML, or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"No configuration file at {path}. Check the path given to --config.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ConfigError(f"{path} could not be read as YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}; expected a mapping of setting: value.")
+    return content
+
+
+def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {'.'.join(keys)}: {key!r} is not a group of settings.")
+    values[keys[-1]] = value
+
+
+def _explain(kind: type[BaseModel], error: ValidationError, where: str) -> str:
+    problems = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"]) or "(the whole)"
+        if item["type"] == "extra_forbidden":
+            problems.append(f"{name} is not a setting (known: {', '.join(kind.model_fields)})")
+        elif item["type"] == "missing":
+            problems.append(f"{name} is required")
+        else:
+            problems.append(f"{name}={item['input']!r}: {item['msg']}")
+    return f"Invalid settings for {where}: " + "; ".join(problems) + "."

@@ -1,0 +1,58 @@
+"""The exceptions a user can meet; the CLI prints them as one paragraph and exits with code 1.
+
+MmkdError
+ +-- ConfigError     a setting is unknown, missing or contradicts another
+ +-- SourceError     the input of ingest cannot be read as asked
+ +-- LakeError       the lake is missing, of another version, or not what was expected
+ |    +-- FingerprintError   a partition was produced by something else
+ |    +-- SchemaError        a table does not have the agreed columns
+ +-- StorageError    an address cannot be reached, read or written
+ +-- ModelError      a model cannot be found, loaded or trusted
+ +-- TrainError      a training run cannot start or go on
+ +-- EvaluateError   nothing can be measured with what was given
+ +-- ClusterError    Ray or the job server does not offer what was asked
+"""
+
+
+class MmkdError(Exception):
+    """Base of all errors that are the user's to mend; the message says what, where, and what to do."""
+
+
+class ConfigError(MmkdError):
+    """A setting is unknown, missing, or contradicts another."""
+
+
+class SourceError(MmkdError):
+    """The input of ingest cannot be read as asked."""
+
+
+class LakeError(MmkdError):
+    """The lake is missing, of another version, or not what was expected."""
+
+
+class FingerprintError(LakeError):
+    """A partition was produced by something else than what is running now."""
+
+
+class SchemaError(LakeError):
+    """A table does not have the agreed columns."""
+
+
+class StorageError(MmkdError):
+    """An address cannot be reached, read or written."""
+
+
+class ModelError(MmkdError):
+    """A model cannot be found, loaded, or trusted."""
+
+
+class TrainError(MmkdError):
+    """A training run cannot start or cannot go on."""
+
+
+class EvaluateError(MmkdError):
+    """Nothing can be measured with what was given."""
+
+
+class ClusterError(MmkdError):
+    """Ray or the job server does not offer what was asked."""

@@ -1,0 +1,230 @@
+"""The lake: one URI, the names of what lies in it, and the rules that keep it whole.
+
+A lake holds ``lake.json``, ``pairs/``, ``rejects/``, ``features/teacher=<name>/``, ``selection/<fingerprint>/``,
+``runs/<run>/`` and ``scores/``. Shard k of every table holds the same samples in the same order.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from common.config import differing_keys
+from common.errors import FingerprintError, LakeError
+from common.schemas import PAIRS, SCHEMA_VERSION, check_table
+from common.storage import Storage
+
+ID_RULE = "first 32 hex digits of sha256(source key, NUL, image sha256, NUL, captions joined by NUL)"
+_SHARD_NAME = re.compile(r"^shard-(\d{6})\.parquet$")
+
+
+def shard_name(index: int) -> str:
+    """File name of shard ``index``, the same in every table."""
+    return f"shard-{index:06d}.parquet"
+
+
+def now() -> str:
+    """The present time as an ISO 8601 string in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class Lake:
+    """A lake at a URI. Construct with :func:`open_lake` or :func:`create_lake`, which check it."""
+
+    uri: str
+
+    @cached_property
+    def storage(self) -> Storage:
+        """The lake's folder."""
+        return Storage(self.uri)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"uri": self.uri}
+
+    def info(self) -> dict[str, Any]:
+        """The content of ``lake.json``."""
+        return dict(self.storage.read_json("lake.json"))
+
+    def shards(self, folder: str = "pairs") -> list[int]:
+        """Indices of the shards present in a table's folder, ascending."""
+        matches = (_SHARD_NAME.match(name) for name in self.storage.list_files(folder))
+        return sorted(int(match.group(1)) for match in matches if match)
+
+    def read_pairs(self, index: int, columns: list[str] | None = None) -> pa.Table:
+        """Shard ``index`` of the pairs.
+
+        Raises:
+            SchemaError: The file's columns are not those of this version.
+        """
+        name = f"pairs/{shard_name(index)}"
+        table = self.storage.read_table(name, columns)
+        expected = PAIRS if columns is None else pa.schema([PAIRS.field(column) for column in columns])
+        check_table(table, expected, f"{self.uri}/{name}")
+        return table
+
+    def features_folder(self, teacher: str) -> str:
+        """Folder of a teacher's embeddings, relative to the lake."""
+        return f"features/teacher={teacher}"
+
+    def teachers(self) -> list[str]:
+        """Names of the teachers that have a partition, sorted."""
+        folders = self.storage.list_folders("features")
+        return [folder.partition("=")[2] for folder in folders if folder.startswith("teacher=")]
+
+    def read_teacher(self, teacher: str) -> dict[str, Any]:
+        """What produced a teacher's partition: the content of its ``teacher.json``.
+
+        Raises:
+            LakeError: The teacher has no partition here.
+        """
+        try:
+            return dict(self.storage.read_json(f"{self.features_folder(teacher)}/teacher.json"))
+        except FileNotFoundError as error:
+            raise LakeError(
+                f"{self.uri} has no embeddings of teacher {teacher!r} "
+                f"(it has: {', '.join(self.teachers()) or 'none'}). "
+                f"Run `mmkd extract {self.uri} --teachers {teacher}` first."
+            ) from error
+
+    def read_features(self, teacher: str, index: int, columns: list[str] | None = None) -> pa.Table:
+        """Shard ``index`` of a teacher's embeddings."""
+        return self.storage.read_table(f"{self.features_folder(teacher)}/{shard_name(index)}", columns)
+
+
+def open_lake(uri: str, need_pairs: bool = True) -> Lake:
+    """Open an existing lake.
+
+    Raises:
+        LakeError: There is none at this address, it is of another schema version, or it holds no pairs
+            although ``need_pairs``.
+    """
+    lake = Lake(uri.rstrip("/"))
+    try:
+        info = lake.info()
+    except FileNotFoundError as error:
+        raise LakeError(
+            f"There is no lake at {uri} (no lake.json there). "
+            f"Create it with `mmkd ingest SOURCE {uri}`, or check the address."
+        ) from error
+    found = info.get("schema_version")
+    if found != SCHEMA_VERSION:
+        raise LakeError(
+            f"The lake at {uri} was written with schema {found}; this program reads schema {SCHEMA_VERSION}. "
+            "Use the mmkd version that wrote it (see CHANGELOG), or ingest again into a new lake."
+        )
+    if need_pairs and not lake.shards():
+        raise LakeError(f"The lake at {uri} holds no pairs yet. Run `mmkd ingest SOURCE {uri}` first.")
+    return lake
+
+
+def create_lake(uri: str, shard_rows: int) -> Lake:
+    """Open the lake at an address, creating ``lake.json`` when there is none.
+
+    Raises:
+        LakeError: A lake with another shard size or schema version is there already.
+    """
+    lake = Lake(uri.rstrip("/"))
+    try:
+        info = lake.info()
+    except FileNotFoundError:
+        from common.version import VERSION
+
+        lake.storage.write_json(
+            "lake.json",
+            {
+                "schema_version": SCHEMA_VERSION,
+                "shard_rows": shard_rows,
+                "id_rule": ID_RULE,
+                "created_by": f"mmkd {VERSION}",
+                "created_at": now(),
+            },
+        )
+        return lake
+    open_lake(uri, need_pairs=False)
+    if info.get("shard_rows") != shard_rows:
+        raise LakeError(
+            f"The lake at {uri} has shards of {info.get('shard_rows')} rows and this run asks for {shard_rows}. "
+            f"Use --set shard_rows={info.get('shard_rows')}, or ingest into a new lake."
+        )
+    return lake
+
+
+def check_partition(storage: Storage, manifest: str, identity: dict[str, Any], remedy: str) -> bool:
+    """Insist that a partition, if it exists, was produced by what would produce it now.
+
+    Args:
+        storage: The lake.
+        manifest: Path of the partition's JSON file, whose ``fingerprint`` entry is compared.
+        identity: Everything that determines the partition's content.
+        remedy: A sentence for the error: what the user can do.
+
+    Returns:
+        Whether the partition is there.
+
+    Raises:
+        FingerprintError: Another producer wrote the partition; names the differing keys.
+    """
+    try:
+        recorded = storage.read_json(manifest)
+    except FileNotFoundError:
+        return False
+    differing = differing_keys(recorded["fingerprint"], identity)
+    if differing:
+        listing = "; ".join(f"{key}: recorded {a!r}, now {b!r}" for key, (a, b) in differing.items())
+        raise FingerprintError(
+            f"{storage.uri}/{manifest} records another producer than the one asked for. Differing: {listing}. {remedy}"
+        )
+    return True
+
+
+def claim_partition(
+    storage: Storage,
+    manifest: str,
+    identity: dict[str, Any],
+    remedy: str,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Record what produces a partition (and ``extra`` facts beside it), or insist that it is what is recorded.
+
+    Raises:
+        FingerprintError: Another producer wrote the partition; see :func:`check_partition`.
+    """
+    if not check_partition(storage, manifest, identity, remedy):
+        storage.write_json(manifest, {"fingerprint": identity, **(extra or {}), "created_at": now()})
+
+
+def check_same_samples(left: pa.Table, right: pa.Table, where: str) -> None:
+    """Insist that two shards hold the same samples in the same order.
+
+    Raises:
+        LakeError: They do not; names the place.
+    """
+    if not left["sample_id"].equals(right["sample_id"]):
+        raise LakeError(
+            f"{where} does not hold the same samples in the same order as its pairs shard "
+            f"({right.num_rows} rows against {left.num_rows}). The pairs were changed after extraction: "
+            "extract into a fresh lake, or delete that partition and run extract again."
+        )
+
+
+def require_teachers(lake: Lake, names: Iterable[str] | None) -> list[str]:
+    """The teachers to use: those asked for, or all that are there.
+
+    Raises:
+        LakeError: One of them has no embeddings in the lake, or there are none at all.
+    """
+    chosen = list(names) if names else lake.teachers()
+    if not chosen:
+        raise LakeError(
+            f"{lake.uri} holds no teacher embeddings yet. Run `mmkd extract {lake.uri} --teachers NAME,...` first."
+        )
+    for name in chosen:
+        lake.read_teacher(name)
+    return chosen

@@ -1,0 +1,65 @@
+"""Logging and progress for people: one logger name, one format, progress lines that also work in a job log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+
+logger = logging.getLogger("mmkd")
+
+
+def configure_logs(verbose: bool = False) -> None:
+    """Send the project's log to stderr, once; other libraries' loggers are left alone."""
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.propagate = False
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def duration(seconds: float) -> str:
+    """A length of time as people say it: ``42 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 100:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class Progress:
+    """Say how far a stage is, how fast, and how long is left; at most one line per ``every`` seconds."""
+
+    def __init__(self, what: str, total: int, unit: str, every: float = 5.0) -> None:
+        self.what, self.total, self.unit, self.every = what, total, unit, every
+        self.done = 0
+        self.note = ""
+        self.started = self.last = time.monotonic()
+
+    def advance(self, count: int, note: str = "") -> None:
+        """Count ``count`` more units as done; ``note`` is shown at the end of the line."""
+        self.done += count
+        self.note = note or self.note
+        if time.monotonic() - self.last >= self.every:
+            self.say()
+
+    def say(self) -> None:
+        """Print the line now."""
+        self.last = time.monotonic()
+        spent = max(self.last - self.started, 1e-9)
+        rate = self.done / spent
+        left = f", about {duration((self.total - self.done) / rate)} left" if 0 < self.done < self.total else ""
+        logger.info(
+            "%s: %d/%d %s (%.0f %%), %.1f %s/s%s%s",
+            self.what,
+            self.done,
+            self.total,
+            self.unit,
+            100 * self.done / max(self.total, 1),
+            rate,
+            self.unit,
+            left,
+            f"; {self.note}" if self.note else "",
+        )

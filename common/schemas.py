@@ -1,0 +1,122 @@
+"""Every table of the lake as an Arrow schema with a version: the contract between the packages.
+
+Only plain Arrow types, so that DuckDB, polars, pandas and pyarrow open the files without this project.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from common.errors import SchemaError
+
+SCHEMA_VERSION = 1
+
+PAIRS = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("image", pa.binary(), nullable=False),
+        pa.field("captions", pa.list_(pa.string()), nullable=False),
+        pa.field("modality", pa.string()),
+        pa.field("label", pa.string()),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("source_key", pa.string(), nullable=False),
+        pa.field("license", pa.string()),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
+    ]
+)
+"""One row per image-caption pair. ``captions`` is never empty; its first entry is the main caption.
+``image`` holds an encoded file (JPEG, PNG, ...), ``sha256`` is of the bytes the source gave, ``split`` is one of
+train, val, test; ``width`` and ``height`` are of the upright picture, in pixels."""
+
+REJECTS = pa.schema(
+    [
+        pa.field("sample_id", pa.string()),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("source_key", pa.string(), nullable=False),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string()),
+        pa.field("sha256", pa.string()),
+    ]
+)
+"""One row per input that did not become a pair (stage ``ingest``) or failed later (``extract:<teacher>``).
+``reason`` is a short category that can be counted; ``detail`` is what happened to this one row."""
+
+SELECTION = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("modality", pa.string()),
+        pa.field("cosine", pa.float32()),
+        pa.field("cosine_quantile", pa.float32()),
+        pa.field("rank", pa.int32()),
+        pa.field("candidates", pa.int32()),
+        pa.field("admitted", pa.bool_(), nullable=False),
+    ]
+)
+"""One row per pair and teacher. ``cosine`` is between the pair's image and its main caption; ``rank`` (1 is best) is
+the true caption's among ``candidates`` captions of the same modality; null where the teacher has no embedding."""
+
+SCORES = pa.schema(
+    [
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("model_kind", pa.string(), nullable=False),
+        pa.field("task", pa.string(), nullable=False),
+        pa.field("dataset", pa.string(), nullable=False),
+        pa.field("modality", pa.string(), nullable=False),
+        pa.field("metric", pa.string(), nullable=False),
+        pa.field("value", pa.float64(), nullable=False),
+        pa.field("low", pa.float64()),
+        pa.field("high", pa.float64()),
+        pa.field("n", pa.int64(), nullable=False),
+        pa.field("weights_sha256", pa.string()),
+        pa.field("created_at", pa.string(), nullable=False),
+    ]
+)
+"""One row per model, task, modality and metric; ``low`` and ``high`` bound the 95 % bootstrap interval. ``modality``
+is "all" for figures over everything and "mean" for unweighted means over modalities."""
+
+
+def features_schema(image_dim: int | None, text_dim: int | None) -> pa.Schema:
+    """Schema of one teacher's embeddings; a tower the teacher lacks is stored as a null column of width 1.
+
+    ``image_embedding`` and ``text_embedding`` (of the main caption) are L2-normalised float32 of width D;
+    ``image_norm`` and ``text_norm`` are the lengths before normalisation; ``extra_text_embeddings`` holds one vector
+    for each further caption, in order. A row the teacher could not embed has nulls, so row i stays pair i.
+    """
+
+    def vector(dim: int | None) -> pa.DataType:
+        return pa.list_(pa.float32(), dim or 1)
+
+    return pa.schema(
+        [
+            pa.field("sample_id", pa.string(), nullable=False),
+            pa.field("image_embedding", vector(image_dim)),
+            pa.field("image_norm", pa.float32()),
+            pa.field("text_embedding", vector(text_dim)),
+            pa.field("text_norm", pa.float32()),
+            pa.field("extra_text_embeddings", pa.list_(vector(text_dim))),
+        ]
+    )
+
+
+def check_table(table: pa.Table | pa.Schema, expected: pa.Schema, where: str) -> None:
+    """Insist that a table has the agreed columns, in order, with the agreed types.
+
+    Raises:
+        SchemaError: Names the missing, unexpected and differently typed columns and the place.
+    """
+    schema = table if isinstance(table, pa.Schema) else table.schema
+    have = {field.name: field.type for field in schema}
+    want = {field.name: field.type for field in expected}
+    missing = [name for name in want if name not in have]
+    extra = [name for name in have if name not in want]
+    differing = [f"{n} is {have[n]}, not {want[n]}" for n in want if n in have and have[n] != want[n]]
+    if missing or extra or differing or schema.names != expected.names:
+        raise SchemaError(
+            f"{where} does not have the columns this program reads (schema {SCHEMA_VERSION}). "
+            f"Missing: {missing or 'none'}; unexpected: {extra or 'none'}; types: {differing or 'as expected'}; "
+            f"found {schema.names}. Write it again with this version of mmkd, or use the version that wrote it."
+        )

@@ -1,0 +1,1 @@
+"""From image-caption sources to pairs, and from pairs to teacher embeddings."""

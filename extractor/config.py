@@ -1,0 +1,74 @@
+"""Settings of the extracting half, one class per step, in the order of the flow: ingest, extract."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from common.config import StrictModel
+
+
+class IngestConfig(StrictModel):
+    """How a source becomes pairs."""
+
+    format: Literal["auto", "webdataset", "jsonl", "csv", "parquet"] = Field(
+        "auto", description="auto looks at the extension; name it when the extension does not tell."
+    )
+    image_column: str | None = Field(
+        None, description="Column with the image path, URI or bytes; None tries usual names."
+    )
+    caption_column: str | None = Field(
+        None, description="Column with the caption or list of captions; None tries usual names."
+    )
+    modality_column: str | None = Field(None, description="Column with the modality; None tries 'modality'.")
+    label_column: str | None = Field(None, description="Column with the class label; None tries 'label'.")
+    license_column: str | None = Field(None, description="Column with the licence; None tries 'license', 'licence'.")
+    split_column: str | None = Field(None, description="Column with train/val/test; None tries 'split'.")
+    keep_labels: tuple[str, ...] = Field((), description="Keep only rows with one of these image labels (BIOMEDICA).")
+    keep_panels: tuple[str, ...] = Field((), description="Keep only rows with one of these panel types (BIOMEDICA).")
+    keep_licenses: tuple[str, ...] = Field((), description="Keep only rows whose licence begins with one of these.")
+    max_side: int | None = Field(
+        None, gt=0, description="Re-encode pictures whose long side exceeds this, to save space."
+    )
+    val_fraction: float = Field(
+        0.02, ge=0, lt=1, description="Share put in val by hash, where the source has no split."
+    )
+    test_fraction: float = Field(
+        0.05, ge=0, lt=1, description="Share put in test by hash, where the source has no split."
+    )
+    shard_rows: PositiveInt = Field(1024, description="Rows per shard; fixed for a lake. Fewer means finer resume.")
+
+
+class DecodeLimits(StrictModel):
+    """What one picture may cost before it is given up."""
+
+    max_pixels: PositiveInt = Field(100_000_000, description="Larger pictures are rejected before decoding.")
+    max_seconds: PositiveFloat = Field(20.0, description="Decoding longer than this is killed.")
+    max_memory_mib: PositiveInt = Field(3072, description="Address space of the decoding process.")
+
+
+class ExtractConfig(StrictModel):
+    """Which teachers embed the pairs, and with what."""
+
+    teachers: tuple[str, ...] = Field((), description="Catalog names, or NAME=FOLDER.")
+    catalog: str | None = Field(None, description="YAML file with models of your own.")
+    micro_batch: PositiveInt = Field(64, description="Pictures per forward pass; larger fills a GPU better.")
+    gpus_per_teacher: float | None = Field(
+        None,
+        ge=0,
+        description="GPUs per actor, or a fraction; None: one each where there are enough, else an equal share.",
+    )
+    actors_per_teacher: PositiveInt = Field(
+        1, description="Actors per teacher; raise it where one teacher is the bottleneck."
+    )
+    shards_in_flight: PositiveInt = Field(
+        2, description="Prepared shards held at once per fan-out actor; costs memory."
+    )
+    max_reject_fraction: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="The run stops when a teacher rejects more than this share of a shard's rows.",
+    )
+    threads: int = Field(0, ge=0, description="torch threads per teacher on a CPU; 0 shares the cores out.")

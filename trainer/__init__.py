@@ -1,0 +1,1 @@
+"""From teacher embeddings to a distilled, evaluated and exported student."""

@@ -1,0 +1,154 @@
+"""Settings of the training half, one class per step, in the order of the flow: select, train, evaluate, export."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from common.config import StrictModel
+
+
+class SelectConfig(StrictModel):
+    """Which teachers may speak for a sample, from how well they match its image with its caption."""
+
+    teachers: tuple[str, ...] = Field((), description="Empty means all teachers with embeddings in the lake.")
+    min_skill: float = Field(
+        0.6,
+        ge=0,
+        le=1,
+        description="A teacher speaks for a modality only if, there, the true caption beats a random other one this "
+        "often (0.5 is chance). Raise it when teachers speak outside their field.",
+    )
+    keep_fraction: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="Share of a teacher's samples kept in a modality, best matched cosine first. The paper keeps 0.74.",
+    )
+    max_rank_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Drop a sample for a teacher when its true caption ranks below this share of the candidates. "
+        "Lower it on data whose captions are specific; generic captions rank badly through no fault of the picture.",
+    )
+    candidates: PositiveInt = Field(
+        1000, description="Captions of the same modality each true caption is ranked among."
+    )
+    seed: int = Field(0, description="Which captions are sampled as candidates.")
+
+
+class ModelConfig(StrictModel):
+    """The student's architecture and where its first weights come from."""
+
+    architecture: str = Field(
+        "ViT-B-16",
+        description="An open_clip architecture name, or a folder with open_clip_config.json (and tokenizer files).",
+    )
+    weights: str | None = Field(
+        None, description="open_clip pretrained tag or checkpoint file; None starts from random."
+    )
+
+
+class OptimConfig(StrictModel):
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: float = Field(5e-4, gt=0, description="Peak learning rate. The paper: 5e-5 in stage 1, 1e-6 in stage 2.")
+    weight_decay: float = Field(0.2, ge=0, description="Applied to matrices only, not to biases, norms and scalars.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Rarely changed.")
+    beta2: float = Field(0.98, ge=0, lt=1, description="Raise towards 0.999 for small batches.")
+    epsilon: float = Field(1e-6, gt=0, description="Rarely changed.")
+    warmup_steps: int = Field(100, ge=0, description="Steps of linear warm-up. The paper: 2000.")
+    clip_norm: float = Field(1.0, gt=0, description="Gradients longer than this are shortened.")
+
+
+class DataConfig(StrictModel):
+    """Which samples, in which order, with which augmentation."""
+
+    batch_size: PositiveInt = Field(256, description="Global batch: samples per optimiser step over all workers.")
+    lanes: PositiveInt = Field(
+        4,
+        description="The epoch is cut into this many independent streams, dealt to the workers; the order does not "
+        "depend on the number of workers. Must be a multiple of the workers and divide batch_size.",
+    )
+    shuffle_shards: PositiveInt = Field(2, description="Shards whose rows are shuffled together; more costs memory.")
+    crop_scale: float = Field(
+        0.9, gt=0, le=1, description="Least area share of the random crop; 1 turns augmentation off."
+    )
+    tasks: PositiveInt = Field(
+        2, description="Decode tasks in flight per worker; raise it when training waits for data."
+    )
+    seed: int = Field(0, description="Order, crops and caption draws follow from it.")
+
+    @model_validator(mode="after")
+    def _lanes_divide_the_batch(self) -> DataConfig:
+        if self.batch_size % self.lanes:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of lanes {self.lanes}")
+        return self
+
+
+class ScaleConfig(StrictModel):
+    """Where the training runs and how often it saves."""
+
+    workers: PositiveInt = Field(1, description="Ray Train workers; with GPUs, one each.")
+    use_gpu: bool | None = Field(None, description="None: use GPUs when the cluster has them.")
+    cpus_per_worker: float = Field(1.0, gt=0, description="CPUs reserved for each worker beside the decode tasks.")
+    threads: int = Field(0, ge=0, description="torch threads per worker on a CPU; 0 leaves torch's default.")
+    accumulate: PositiveInt = Field(1, description="Micro-batches per step, for batches that do not fit the device.")
+    checkpoint_every: PositiveInt = Field(500, description="Steps between checkpoints.")
+    keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints kept, beside the best one.")
+    log_every: PositiveInt = Field(10, description="Steps between metric rows.")
+    max_failures: int = Field(2, ge=0, description="How often a lost worker group is restarted from its checkpoint.")
+
+
+class Stage1Config(StrictModel):
+    """Contrastive pre-training on the pairs."""
+
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    data: DataConfig = DataConfig()
+    scale: ScaleConfig = ScaleConfig()
+    epochs: PositiveInt = Field(20, description="Passes over the train split. The paper: 20.")
+    init_temperature: float = Field(0.07, gt=0, description="Start of the learned softmax temperature.")
+
+
+class DistillConfig(StrictModel):
+    """Weights of the stage-2 loss terms; each term is logged by name."""
+
+    contrastive: float = Field(1.0, ge=0, description="CLIP loss on the pairs.")
+    image_text: float = Field(1.0, ge=0, description="Image-text similarity matrix of the teachers, both directions.")
+    image_image: float = Field(1.0, ge=0, description="Image-image similarity matrix of the teachers.")
+    text_text: float = Field(0.0, ge=0, description="Text-text similarity matrix of the teachers.")
+    teacher_scale: float | None = Field(
+        None, gt=0, description="Factor on teacher cosines before softmax; None uses each teacher's own logit scale."
+    )
+
+
+class Stage2Config(StrictModel):
+    """Distillation from stored embeddings, starting from a stage-1 checkpoint."""
+
+    teachers: tuple[str, ...] = Field((), description="Empty means every teacher of the selection.")
+    selection: str | None = Field(None, description="Fingerprint of the selection; None takes the newest.")
+    distill: DistillConfig = DistillConfig()
+    optim: OptimConfig = OptimConfig()
+    data: DataConfig = DataConfig()
+    scale: ScaleConfig = ScaleConfig()
+    epochs: PositiveInt = Field(20, description="Passes over the admitted train samples. The paper: 20.")
+
+
+class EvaluateConfig(StrictModel):
+    """What is measured, on which samples."""
+
+    tasks: tuple[Literal["zero_shot", "retrieval"], ...] = Field(
+        ("zero_shot", "retrieval"), description="zero_shot needs labels; retrieval needs captions."
+    )
+    split: Literal["train", "val", "test"] = Field("test", description="Choose settings on val, report test.")
+    templates: str | None = Field(None, description="YAML file of prompt templates; None uses the packaged ones.")
+    captions: Literal["all", "main"] = Field(
+        "all", description="Captions that take part in retrieval; main when a sample's further ones are too generic."
+    )
+    bootstraps: PositiveInt = Field(1000, description="Resamples behind each 95 % interval.")
+    batch_size: PositiveInt = Field(64, description="Pictures or captions per forward pass.")
+    limit: int | None = Field(None, gt=0, description="Only the first samples, for a quick look.")
+    seed: int = Field(0, description="Of the bootstrap.")

@@ -1,0 +1,102 @@
+"""Embed a set of samples with several models: each picture is decoded once and fitted once per distinct geometry.
+
+N = samples, M = distinct captions, P = (sample, caption) pairs, B = batch, D = width of a model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from common.images import decode_rgb, fit
+from common.logs import Progress
+from common.models.spec import Geometry
+from trainer.evaluation.models import LoadedModel
+from trainer.evaluation.samples import EvaluationData, Sample
+
+
+@dataclass
+class EmbeddedData:
+    """What is left of the samples once the pictures are embedded; row i of everything is sample i."""
+
+    sample_ids: list[str] = field(default_factory=list)
+    modalities: list[str] = field(default_factory=list)
+    labels: list[str | None] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    """The M distinct captions, in order of first occurrence."""
+    pairs_P2: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    """int64 rows (sample, caption)."""
+    images: dict[str, np.ndarray] = field(default_factory=dict)
+    """Model name -> unit vectors, float32 [N, D]."""
+
+    def of_modality(self, modality: str) -> np.ndarray:
+        """Positions of the samples of a modality, ascending."""
+        return np.flatnonzero(np.array(self.modalities, dtype=object) == modality)
+
+
+def embed_data(
+    data: EvaluationData, models: Sequence[LoadedModel], batch_size: int, main_caption_only: bool = False
+) -> EmbeddedData:
+    """Embed all pictures with all models; memory holds the embeddings, one shard of encoded files, two batches.
+
+    Args:
+        data: The samples.
+        models: Loaded, with distinct names.
+        batch_size: Pictures per forward pass.
+        main_caption_only: Keep only the first caption of each sample.
+    """
+    done = EmbeddedData()
+    vectors: dict[str, list[np.ndarray]] = {model.name: [] for model in models}
+    caption_index: dict[str, int] = {}
+    pairs: list[tuple[int, int]] = []
+    geometries = {model.description.geometry.key: model.description.geometry for model in models}
+    progress = Progress("evaluate: pictures", data.count, "pictures")
+    for samples, pixels in _prepared(data, geometries, batch_size):
+        for model in models:
+            vectors[model.name].append(model.embed_images(pixels[model.description.geometry.key]))
+        for sample in samples:
+            captions = sample.captions[:1] if main_caption_only else sample.captions
+            for caption in dict.fromkeys(captions):
+                pairs.append((len(done.sample_ids), caption_index.setdefault(caption, len(caption_index))))
+            done.sample_ids.append(sample.sample_id)
+            done.modalities.append(sample.modality)
+            done.labels.append(sample.label)
+        progress.advance(len(samples))
+    done.captions = list(caption_index)
+    done.pairs_P2 = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    done.images = {name: np.concatenate(parts) for name, parts in vectors.items()}
+    return done
+
+
+def _prepared(
+    data: EvaluationData, geometries: dict[str, Geometry], batch_size: int
+) -> Iterator[tuple[list[Sample], dict[str, np.ndarray]]]:
+    """Batches with their pixels by geometry key; threads prepare the next batch while models embed the present one."""
+
+    def prepare(sample: Sample) -> dict[str, np.ndarray]:
+        image = decode_rgb(sample.image)
+        return {key: fit(image, geometry) for key, geometry in geometries.items()}
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        waiting = None
+        for batch in _batches(data, batch_size):
+            following = batch, [pool.submit(prepare, sample) for sample in batch]
+            if waiting is not None:
+                yield waiting[0], _stacked([future.result() for future in waiting[1]], geometries)
+            waiting = following
+        if waiting is not None:
+            yield waiting[0], _stacked([future.result() for future in waiting[1]], geometries)
+
+
+def _batches(data: EvaluationData, batch_size: int) -> Iterator[list[Sample]]:
+    for samples in data.stream():
+        for start in range(0, len(samples), batch_size):
+            yield samples[start : start + batch_size]
+
+
+def _stacked(prepared: list[dict[str, np.ndarray]], geometries: dict[str, Geometry]) -> dict[str, np.ndarray]:
+    return {key: np.stack([pixels[key] for pixels in prepared]) for key in geometries}

@@ -1,0 +1,142 @@
+"""What is under test: a teacher, an exported student, or a checkpoint of a run, from what the user typed to weights."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from common.errors import EvaluateError
+from common.models.dual_encoder import DualEncoder, Tokenize
+from common.models.load import describe_model, find_spec, load_model, load_tokenizer
+from common.models.spec import ModelDescription, ModelSpec
+from common.storage import Storage
+from trainer.export import EXPORT_MANIFEST, newest_checkpoint, write_model_files
+
+Kind = Literal["teacher", "student"]
+
+
+@dataclass(frozen=True)
+class ModelUnderTest:
+    """A model by the name its scores carry. Exactly one of ``spec`` and ``checkpoint`` is set."""
+
+    name: str
+    kind: Kind
+    spec: ModelSpec | None = None
+    checkpoint: str | None = None
+    """URI of a training checkpoint's folder."""
+
+
+def find_model(reference: str, catalog: dict[str, ModelSpec], kind: Kind | None = None) -> ModelUnderTest:
+    """Resolve what a user typed.
+
+    Args:
+        reference: A catalog name, or ``[NAME=]ADDRESS`` of a model folder, an exported student, a checkpoint, or
+            a run (whose newest checkpoint is meant).
+        catalog: The known models, from ``read_catalog``.
+        kind: What the scores call it; None decides by what lies there.
+
+    Raises:
+        ModelError: No such entry, or nothing that can be loaded lies at the address.
+        TrainError: The run has no checkpoint yet.
+    """
+    name, mark, address = reference.partition("=")
+    if reference in catalog or (not mark and "/" not in reference):
+        spec = find_spec(reference, catalog)
+        return ModelUnderTest(spec.name, kind or "teacher", spec)
+    if not mark:
+        address, name = reference, reference.rstrip("/").rsplit("/", 1)[-1]
+    storage = Storage(address.rstrip("/"))
+    if storage.list_folders("checkpoints"):
+        return ModelUnderTest(name, kind or "student", checkpoint=newest_checkpoint(storage.uri))
+    files = storage.list_files()
+    if "checkpoint.json" in files:
+        if not mark and "/checkpoints/" in address:  # .../runs/<run>/checkpoints/step-00000500
+            run, _, step = address.rstrip("/").rpartition("/checkpoints/")
+            name = f"{run.rsplit('/', 1)[-1]}-{step}"
+        return ModelUnderTest(name, kind or "student", checkpoint=storage.uri)
+    spec = find_spec(f"{_slug(name)}={storage.uri}", {})
+    return ModelUnderTest(name, kind or ("student" if EXPORT_MANIFEST in files else "teacher"), spec)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._") or "model"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to embed. D = width."""
+
+    name: str
+    kind: str
+    encoder: DualEncoder
+    tokenize: Tokenize
+    device: str
+
+    @property
+    def description(self) -> ModelDescription:
+        """What the model's files say."""
+        return self.encoder.description
+
+    def embed_images(self, pixels_BHWC: np.ndarray) -> np.ndarray:
+        """Uint8 pictures of the model's geometry -> unit vectors, float32 [B, D].
+
+        Raises:
+            EvaluateError: The model returned something that is not a number.
+        """
+        with torch.inference_mode():
+            return self._unit(self.encoder.encode_image(torch.from_numpy(pixels_BHWC).to(self.device)))
+
+    def embed_texts(self, texts: list[str], batch_size: int) -> np.ndarray:
+        """Texts -> unit vectors, float32 [len(texts), D].
+
+        Raises:
+            EvaluateError: The model returned something that is not a number.
+        """
+        parts = [np.zeros((0, self.description.text_dim or 0), np.float32)]
+        with torch.inference_mode():
+            for start in range(0, len(texts), batch_size):
+                tokens_BL = torch.from_numpy(self.tokenize(texts[start : start + batch_size])).to(self.device)
+                parts.append(self._unit(self.encoder.encode_text(tokens_BL)))
+        return np.concatenate(parts)
+
+    def _unit(self, features_BD: torch.Tensor) -> np.ndarray:
+        unit_BD = torch.nn.functional.normalize(features_BD.float(), dim=-1)
+        if not torch.isfinite(unit_BD).all():
+            # A NaN compares as false with everything, which would look like a perfect rank.
+            raise EvaluateError(f"Model {self.name!r} returns NaN or infinite embeddings; its weights are broken.")
+        return unit_BD.cpu().numpy()
+
+
+@contextmanager
+def spec_of(model: ModelUnderTest) -> Iterator[ModelSpec]:
+    """A loadable spec of the model; a checkpoint is laid out as a model folder for as long as the context lasts."""
+    if model.spec is not None:
+        yield model.spec
+        return
+    assert model.checkpoint is not None
+    with tempfile.TemporaryDirectory(prefix="mmkd-checkpoint-") as folder:
+        write_model_files(model.checkpoint, Path(folder))
+        yield ModelSpec(name=_slug(model.name), family="open_clip", path=folder)
+
+
+def load_under_test(model: ModelUnderTest, device: str) -> LoadedModel:
+    """Load weights and tokenizer.
+
+    Raises:
+        ModelError: The files are missing or do not fit.
+        EvaluateError: The model lacks one of its two towers.
+    """
+    with spec_of(model) as spec:
+        description = describe_model(spec)
+        if description.image_dim is None or description.text_dim is None:
+            lacking = "image" if description.image_dim is None else "text"
+            raise EvaluateError(f"Model {model.name!r} has no {lacking} tower, so nothing can be scored; leave it out.")
+        return LoadedModel(model.name, model.kind, load_model(spec).to(device), load_tokenizer(spec), device)

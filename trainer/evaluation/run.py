@@ -1,0 +1,99 @@
+"""The evaluate step: load models, embed a split once, score every task, write one Parquet file of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import torch
+
+from common.config import fingerprint
+from common.errors import ConfigError, EvaluateError
+from common.lake import open_lake
+from common.logs import logger
+from trainer.config import EvaluateConfig
+from trainer.evaluation.embed import EmbeddedData, embed_data
+from trainer.evaluation.models import LoadedModel, ModelUnderTest, load_under_test
+from trainer.evaluation.prompts import PromptTemplates, load_templates
+from trainer.evaluation.retrieval import retrieval
+from trainer.evaluation.samples import lake_data
+from trainer.evaluation.scores import Measured, scores_table
+from trainer.evaluation.zero_shot import classifiable, zero_shot
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of a run of evaluate, and the address of the file that holds them."""
+
+    scores: pa.Table
+    uri: str
+
+
+def evaluate(lake_uri: str, models: Sequence[ModelUnderTest], config: EvaluateConfig) -> Evaluation:
+    """Score models on a split of a lake; the same models, data and settings write the same file again.
+
+    Args:
+        lake_uri: A lake with pairs; labels for zero_shot.
+        models: With distinct names, from ``find_model``.
+        config: What is measured, on which samples.
+
+    Raises:
+        ConfigError: Two models share a name, or the templates are not valid.
+        LakeError: There is no such lake.
+        ModelError: A model cannot be loaded.
+        EvaluateError: The split is empty, or none of the tasks can be measured on it.
+    """
+    _check_names(models)
+    lake = open_lake(lake_uri)
+    templates = load_templates(config.templates)
+    data = lake_data(lake, config.split, config.limit)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = [load_under_test(model, device) for model in models]
+    embedded = embed_data(data, loaded, config.batch_size, main_caption_only=config.captions == "main")
+    classes = classifiable(embedded, data.classes) if "zero_shot" in config.tasks else {}
+    tables = []
+    for model in loaded:
+        logger.info("evaluate: scoring %s", model.name)
+        measured = list(_measure(model, embedded, classes, templates, config))
+        tables.append(scores_table(measured, model.name, model.kind, data.name, model.description.weights_sha256))
+    scores = pa.concat_tables(tables)
+    if not scores.num_rows:
+        raise EvaluateError(
+            f"Nothing can be measured on {data.name} with tasks {', '.join(config.tasks)}: zero_shot takes a modality "
+            "with samples of two labels, retrieval takes two samples with different captions."
+        )
+    name = fingerprint(
+        {
+            "models": {model.name: model.description.identity() for model in loaded},
+            "config": config.model_dump(mode="json", exclude={"templates"}),
+            "templates": templates.model_dump(mode="json"),
+            "data": data.identity,
+        }
+    )
+    path = f"scores/{name}.parquet"
+    lake.storage.write_table(path, scores, {"mmkd.evaluate_config": config.model_dump_json()})
+    return Evaluation(scores, f"{lake.uri}/{path}")
+
+
+def _measure(
+    model: LoadedModel,
+    embedded: EmbeddedData,
+    classes: dict[str, tuple[str, ...]],
+    templates: PromptTemplates,
+    config: EvaluateConfig,
+) -> Iterator[Measured]:
+    batch_size, resamples, seed = config.batch_size, config.bootstraps, config.seed
+    if "zero_shot" in config.tasks:
+        yield from zero_shot(model, embedded, classes, templates, batch_size=batch_size, resamples=resamples, seed=seed)
+    if "retrieval" in config.tasks:
+        yield from retrieval(model, embedded, batch_size=batch_size, resamples=resamples, seed=seed)
+
+
+def _check_names(models: Sequence[ModelUnderTest]) -> None:
+    if not models:
+        raise ConfigError("No model to evaluate was given. Name teachers, exported folders, checkpoints or runs.")
+    names = [model.name for model in models]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ConfigError(f"Several models are called {', '.join(repeated)}. Give each its own name with NAME=ADDRESS.")
