@@ -206,14 +206,14 @@ def build_stream(
     prepared = shards.map_batches(
         Prepare,
         fn_constructor_args=(lake.uri, inputs, todo),
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, int(ray.cluster_resources()["CPU"]) - 1)),
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(len(todo), int(ray.cluster_resources()["CPU"]) - 1))),
         num_cpus=1,
         batch_size=1,
     )
     return prepared.map_batches(
         FanOut,
         fn_constructor_args=(lake.uri, pools, todo, identities, config.max_reject_fraction),
-        compute=ray.data.ActorPoolStrategy(size=config.shards_in_flight),
+        compute=ray.data.ActorPoolStrategy(size=min(config.shards_in_flight, len(todo))),
         num_cpus=0.1,
         batch_size=None,
         batch_format="pyarrow",

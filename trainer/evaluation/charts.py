@@ -1,4 +1,4 @@
-"""The report's charts as SVG text: the same input gives the same bytes, and colours stay apart for all kinds of eyes."""
+"""The report's charts as SVG text: equal input gives equal bytes, and colours stay apart for all kinds of eyes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAP_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00",
 MARKERS = "os^DvP*X"
 INK, GRID = "#333333", "#E4E4E4"
 
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.sans-serif": ["Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
@@ -163,7 +163,7 @@ def _svg(draw: Any, size: tuple[float, float], title: str) -> str:
     from matplotlib.figure import Figure
 
     # A salt of its own per chart keeps the ids of several charts in one page apart, and every run the same.
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": title}):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure)

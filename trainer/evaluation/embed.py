@@ -6,14 +6,16 @@ N = samples, M = distinct captions, P = (sample, caption) pairs, B = batch, D = 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from common.images import decode_rgb, fit
-from common.logs import Progress
+from common.errors import EvaluateError
+from common.images import UndecodableImageError, decode_rgb, fit
+from common.logs import Progress, logger
 from common.models.spec import Geometry
 from trainer.evaluation.models import LoadedModel
 from trainer.evaluation.samples import EvaluationData, Sample
@@ -43,11 +45,16 @@ def embed_data(
 ) -> EmbeddedData:
     """Embed all pictures with all models; memory holds the embeddings, one shard of encoded files, two batches.
 
+    Samples whose picture cannot be decoded are left out and counted in the log.
+
     Args:
         data: The samples.
         models: Loaded, with distinct names.
         batch_size: Pictures per forward pass.
         main_caption_only: Keep only the first caption of each sample.
+
+    Raises:
+        EvaluateError: Not one picture could be decoded.
     """
     done = EmbeddedData()
     vectors: dict[str, list[np.ndarray]] = {model.name: [] for model in models}
@@ -59,37 +66,45 @@ def embed_data(
         for model in models:
             vectors[model.name].append(model.embed_images(pixels[model.description.geometry.key]))
         for sample in samples:
-            captions = sample.captions[:1] if main_caption_only else sample.captions
-            for caption in dict.fromkeys(captions):
-                pairs.append((len(done.sample_ids), caption_index.setdefault(caption, len(caption_index))))
+            captions = dict.fromkeys(sample.captions[:1] if main_caption_only else sample.captions)
+            columns = [caption_index.setdefault(caption, len(caption_index)) for caption in captions]
+            pairs += [(len(done.sample_ids), column) for column in columns]
             done.sample_ids.append(sample.sample_id)
             done.modalities.append(sample.modality)
             done.labels.append(sample.label)
         progress.advance(len(samples))
+    if not done.sample_ids:
+        raise EvaluateError(f"None of the {data.count} pictures of {data.name} could be decoded.")
+    if len(done.sample_ids) < data.count:
+        logger.info("evaluate: %d pictures could not be decoded", data.count - len(done.sample_ids))
     done.captions = list(caption_index)
     done.pairs_P2 = np.array(pairs, dtype=np.int64).reshape(-1, 2)
     done.images = {name: np.concatenate(parts) for name, parts in vectors.items()}
     return done
 
 
-def _prepared(
-    data: EvaluationData, geometries: dict[str, Geometry], batch_size: int
-) -> Iterator[tuple[list[Sample], dict[str, np.ndarray]]]:
+Prepared = tuple[list[Sample], dict[str, np.ndarray]]
+
+
+def _prepared(data: EvaluationData, geometries: dict[str, Geometry], batch_size: int) -> Iterator[Prepared]:
     """Batches with their pixels by geometry key; threads prepare the next batch while models embed the present one."""
 
-    def prepare(sample: Sample) -> dict[str, np.ndarray]:
-        image = decode_rgb(sample.image)
+    def prepare(sample: Sample) -> dict[str, np.ndarray] | None:
+        try:
+            image = decode_rgb(sample.image)
+        except UndecodableImageError as error:
+            logger.debug("evaluate: sample %s: %s", sample.sample_id, error)
+            return None
         return {key: fit(image, geometry) for key, geometry in geometries.items()}
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        waiting = None
+        waiting: deque[tuple[list[Sample], list[Future]]] = deque()
         for batch in _batches(data, batch_size):
-            following = batch, [pool.submit(prepare, sample) for sample in batch]
-            if waiting is not None:
-                yield waiting[0], _stacked([future.result() for future in waiting[1]], geometries)
-            waiting = following
-        if waiting is not None:
-            yield waiting[0], _stacked([future.result() for future in waiting[1]], geometries)
+            waiting.append((batch, [pool.submit(prepare, sample) for sample in batch]))
+            if len(waiting) > 1:
+                yield from _whole(*waiting.popleft(), geometries)
+        while waiting:
+            yield from _whole(*waiting.popleft(), geometries)
 
 
 def _batches(data: EvaluationData, batch_size: int) -> Iterator[list[Sample]]:
@@ -98,5 +113,9 @@ def _batches(data: EvaluationData, batch_size: int) -> Iterator[list[Sample]]:
             yield samples[start : start + batch_size]
 
 
-def _stacked(prepared: list[dict[str, np.ndarray]], geometries: dict[str, Geometry]) -> dict[str, np.ndarray]:
-    return {key: np.stack([pixels[key] for pixels in prepared]) for key in geometries}
+def _whole(samples: list[Sample], futures: list[Future], geometries: dict[str, Geometry]) -> Iterator[Prepared]:
+    """The batch without the samples that could not be decoded; nothing if none are left."""
+    results = [future.result() for future in futures]
+    kept = [(sample, pixels) for sample, pixels in zip(samples, results, strict=True) if pixels is not None]
+    if kept:
+        yield [sample for sample, _ in kept], {key: np.stack([pixels[key] for _, pixels in kept]) for key in geometries}

@@ -84,7 +84,7 @@ def _section(
     cells: list[list[Cell | None]] = []
     for name, _ in shown:
         rows = [chosen.get((name, column)) for column in columns]
-        cells.append([r and _cell(r, best[column]) for r, column in zip(rows, columns, strict=True)])
+        cells.append([_cell(r, best[c]) if r else None for r, c in zip(rows, columns, strict=True)])
     return Section(title, columns, [name for name, _ in shown], [kind for _, kind in shown], cells)
 
 

@@ -1,0 +1,79 @@
+import pyarrow as pa
+import pytest
+
+from common.errors import FingerprintError, LakeError
+from common.lake import (
+    check_partition,
+    check_same_samples,
+    claim_partition,
+    create_lake,
+    open_lake,
+    require_teachers,
+    shard_name,
+)
+from common.schemas import SCHEMA_VERSION
+
+
+def test_create_then_open(make_lake, tmp_path):
+    lake = make_lake(tmp_path / "lake", rows=20, shard_rows=8)
+    assert open_lake(str(tmp_path / "lake")).shards() == [0, 1, 2]
+    assert lake.read_pairs(2).num_rows == 4
+    assert lake.read_pairs(0, ["sample_id", "split"]).column_names == ["sample_id", "split"]
+
+
+def test_no_lake_says_what_to_run(tmp_path):
+    with pytest.raises(LakeError, match=r"no lake at .*mmkd ingest SOURCE"):
+        open_lake(str(tmp_path))
+
+
+def test_a_lake_without_pairs_says_so(tmp_path):
+    create_lake(str(tmp_path), 8)
+    with pytest.raises(LakeError, match="holds no pairs yet"):
+        open_lake(str(tmp_path))
+
+
+def test_another_schema_version_is_refused(make_lake, tmp_path):
+    lake = make_lake(tmp_path / "lake")
+    lake.storage.write_json("lake.json", {**lake.info(), "schema_version": SCHEMA_VERSION + 1})
+    with pytest.raises(LakeError, match=f"schema {SCHEMA_VERSION + 1}; this program reads schema {SCHEMA_VERSION}"):
+        open_lake(lake.uri)
+
+
+def test_another_shard_size_is_refused(make_lake, tmp_path):
+    make_lake(tmp_path / "lake", shard_rows=8)
+    with pytest.raises(LakeError, match="shards of 8 rows and this run asks for 16"):
+        create_lake(str(tmp_path / "lake"), 16)
+
+
+def test_stray_files_are_not_shards(make_lake, tmp_path):
+    lake = make_lake(tmp_path / "lake", rows=4)
+    for name in ("shard-1.parquet", "shard-000001.parquet.tmp", "notes.txt"):
+        lake.storage.write_bytes(f"pairs/{name}", b"x")
+    assert lake.shards() == [0]
+    assert shard_name(7) == "shard-000007.parquet"
+
+
+def test_a_partition_belongs_to_its_first_producer(tmp_path):
+    lake = create_lake(str(tmp_path), 8)
+    first = {"weights": "aa", "size": {"side": 224}}
+    assert not check_partition(lake.storage, "p/m.json", first, "")
+    claim_partition(lake.storage, "p/m.json", first, "", {"licence": "MIT"})
+    claim_partition(lake.storage, "p/m.json", first, "")
+    assert lake.storage.read_json("p/m.json")["licence"] == "MIT"
+    with pytest.raises(FingerprintError, match=r"size\.side: recorded 224, now 336.*Choose another name"):
+        claim_partition(lake.storage, "p/m.json", {"weights": "aa", "size": {"side": 336}}, "Choose another name.")
+
+
+def test_unequal_samples_are_refused():
+    left, right = pa.table({"sample_id": ["a", "b"]}), pa.table({"sample_id": ["b", "a"]})
+    check_same_samples(left, left, "here")
+    with pytest.raises(LakeError, match="here does not hold the same samples"):
+        check_same_samples(left, right, "here")
+
+
+def test_teachers_must_have_been_extracted(make_lake, tmp_path):
+    lake = make_lake(tmp_path / "lake")
+    with pytest.raises(LakeError, match="no teacher embeddings yet"):
+        require_teachers(lake, None)
+    with pytest.raises(LakeError, match=r"no embeddings of teacher 'plip'.*mmkd extract"):
+        require_teachers(lake, ["plip"])

@@ -1,0 +1,175 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from common.models.load import describe_model, find_spec
+from common.schemas import check_table, features_schema
+from extractor.prepare import Prepare, TeacherInput, fixed_rows, rows_of
+from extractor.teachers import Teacher
+
+
+@pytest.fixture(scope="module")
+def folders(make_clip_folder, make_hf_clip_folder):
+    return {
+        "a": make_clip_folder("a", dim=16),
+        "b": make_clip_folder("b", dim=24, seed=1),
+        "wide": make_clip_folder("wide", dim=16, size=48, context_length=12),
+        "hf": make_hf_clip_folder("hf", dim=24),
+    }
+
+
+def teacher_input(folder) -> TeacherInput:
+    spec = find_spec(str(folder), {})
+    return TeacherInput(spec, describe_model(spec))
+
+
+def prepare_shard(lake, folders, index=0) -> pa.Table:
+    inputs = {name: teacher_input(folder) for name, folder in folders.items()}
+    return Prepare(lake.uri, inputs, {index: tuple(inputs)})({"shard": np.array([index])})
+
+
+def vectors(column: pa.ChunkedArray) -> np.ndarray:
+    return np.array(column.to_pylist(), np.float32)
+
+
+def test_fixed_rows_round_trip():
+    array = np.arange(12, dtype=np.int32).reshape(3, 4)
+    assert (rows_of(fixed_rows(array)) == array).all()
+    assert rows_of(pa.chunked_array([fixed_rows(array[1:])])).tolist() == array[1:].tolist()
+
+
+def test_equal_geometries_and_tokenizers_share_one_column(make_lake, tmp_path, folders):
+    table = prepare_shard(make_lake(tmp_path / "lake"), folders)
+    pixel_columns = [name for name in table.column_names if name.startswith("pixels:")]
+    token_columns = [name for name in table.column_names if name.startswith("tokens:")]
+    # a and b share both; wide differs in both; hf differs in crop rounding and tokenizer
+    assert (len(pixel_columns), len(token_columns)) == (3, 3)
+
+
+def test_each_image_is_decoded_once_whatever_the_number_of_teachers(make_lake, tmp_path, folders, monkeypatch):
+    import extractor.prepare as module
+
+    decoded = []
+    real = module.decode_rgb
+    monkeypatch.setattr(module, "decode_rgb", lambda data: decoded.append(1) or real(data))
+    prepare_shard(make_lake(tmp_path / "lake", rows=6), folders)
+    assert len(decoded) == 6
+
+
+def test_only_the_missing_teachers_are_prepared_for(make_lake, tmp_path, folders):
+    lake = make_lake(tmp_path / "lake")
+    inputs = {name: teacher_input(folder) for name, folder in folders.items()}
+    table = Prepare(lake.uri, inputs, {0: ("wide",)})({"shard": np.array([0])})
+    assert inputs["wide"].pixels in table.column_names
+    assert inputs["a"].pixels not in table.column_names
+
+
+@pytest.mark.parametrize("name", ["a", "hf"])
+def test_embeddings_equal_a_plain_loop_over_the_stock_library(make_lake, tmp_path, folders, name):
+    lake = make_lake(tmp_path / "lake", rows=7)
+    embedded = Teacher(teacher_input(folders[name]), micro_batch=4).embed(prepare_shard(lake, folders))
+    image_ND, text_ND = stock_embeddings(folders[name], lake.read_pairs(0))
+    # 5e-4 is half precision's rounding of unit vectors
+    np.testing.assert_allclose(vectors(embedded.features["image_embedding"]), image_ND, atol=5e-4)
+    np.testing.assert_allclose(vectors(embedded.features["text_embedding"]), text_ND, atol=5e-4)
+
+
+def stock_embeddings(folder, pairs: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    import io
+
+    from PIL import Image
+
+    pictures = [Image.open(io.BytesIO(image.as_py())).convert("RGB") for image in pairs["image"]]
+    captions = [row[0] for row in pairs["captions"].to_pylist()]
+    if (folder / "open_clip_config.json").exists():
+        import open_clip
+
+        model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+        tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(captions)
+        with torch.no_grad():
+            model.eval()
+            image = model.encode_image(torch.stack([transform(picture) for picture in pictures]), normalize=True)
+            return image.numpy(), model.encode_text(tokens, normalize=True).numpy()
+    from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+
+    model = CLIPModel.from_pretrained(folder).eval()
+    inputs = CLIPImageProcessorPil.from_pretrained(folder)(pictures, return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(folder)(captions, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        image, text = model.get_image_features(**inputs).pooler_output, model.get_text_features(**tokens).pooler_output
+    return torch.nn.functional.normalize(image).numpy(), torch.nn.functional.normalize(text).numpy()
+
+
+def test_rows_are_aligned_unit_and_of_the_agreed_types(make_lake, tmp_path, folders):
+    lake = make_lake(tmp_path / "lake", rows=7)
+    embedded = Teacher(teacher_input(folders["a"]), micro_batch=4).embed(prepare_shard(lake, folders))
+    check_table(embedded.features, features_schema(16, 16), "features")
+    assert embedded.features["sample_id"].equals(lake.read_pairs(0)["sample_id"])
+    np.testing.assert_allclose(np.linalg.norm(vectors(embedded.features["image_embedding"]), axis=1), 1, atol=2e-3)
+    assert (np.array(embedded.features["image_norm"].to_pylist()) > 0).all()
+
+
+def test_shards_larger_than_the_micro_batch_are_embedded_whole(make_lake, tmp_path, folders):
+    lake = make_lake(tmp_path / "lake", rows=11, shard_rows=11)
+    table = prepare_shard(lake, folders)
+    whole = Teacher(teacher_input(folders["a"]), micro_batch=64).embed(table)
+    pieces = Teacher(teacher_input(folders["a"]), micro_batch=3).embed(table)
+    assert (whole.forwards, whole.features.num_rows, pieces.features.num_rows) == (2, 11, 11)
+    np.testing.assert_allclose(
+        vectors(whole.features["image_embedding"]), vectors(pieces.features["image_embedding"]), atol=1e-3
+    )
+
+
+def test_an_embedding_does_not_depend_on_its_neighbours(make_lake, tmp_path, folders):
+    table = prepare_shard(make_lake(tmp_path / "lake", rows=8), folders)
+    teacher = Teacher(teacher_input(folders["a"]), micro_batch=4)
+    together = vectors(teacher.embed(table).features["image_embedding"])
+    alone = vectors(teacher.embed(table.slice(5, 1)).features["image_embedding"])
+    turned = vectors(teacher.embed(table.take(list(range(8))[::-1])).features["image_embedding"])
+    assert (together[5] == alone[0]).all()
+    assert (together == turned[::-1]).all()
+
+
+def test_further_captions_have_vectors_of_their_own(make_lake, tmp_path, folders):
+    lake = make_lake(tmp_path / "lake", rows=4, captions=3)
+    features = Teacher(teacher_input(folders["a"])).embed(prepare_shard(lake, folders)).features
+    extra = features["extra_text_embeddings"].to_pylist()
+    assert [len(row) for row in extra] == [len(row) - 1 for row in lake.read_pairs(0)["captions"].to_pylist()]
+    assert extra[2][0] != extra[2][1]
+
+
+def test_equal_captions_go_through_the_tower_once(make_lake, tmp_path, folders):
+    lake = make_lake(tmp_path / "lake", rows=8, captions=1)
+    table = prepare_shard(lake, folders)
+    item = teacher_input(folders["a"])
+    same = rows_of(table[item.tokens])[:1].repeat(8, axis=0)
+    table = table.set_column(table.column_names.index(item.tokens), item.tokens, fixed_rows(same))
+    embedded = Teacher(item, micro_batch=1).embed(table)
+    assert embedded.forwards == 8 + 1  # pictures, and the one caption
+    assert len(set(map(tuple, embedded.features["text_embedding"].to_pylist()))) == 1
+
+
+def test_a_damaged_image_is_a_null_and_a_reject_and_its_text_survives(make_lake, tmp_path, folders):
+    lake = make_lake(tmp_path / "lake", rows=5, damaged=(2,))
+    embedded = Teacher(teacher_input(folders["a"])).embed(prepare_shard(lake, folders))
+    assert [row is None for row in embedded.features["image_embedding"].to_pylist()] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert embedded.features["text_embedding"].null_count == 0
+    ((sample_id, reason, detail),) = embedded.rejects
+    assert (sample_id, reason) == (lake.read_pairs(0)["sample_id"][2].as_py(), "image not decodable")
+    assert "not an image" in detail
+
+
+def test_a_teacher_that_yields_nan_rejects_its_rows(make_lake, tmp_path, folders):
+    teacher = Teacher(teacher_input(folders["a"]))
+    with torch.no_grad():
+        teacher.model.model.visual.proj.fill_(float("nan"))
+    embedded = teacher.embed(prepare_shard(make_lake(tmp_path / "lake", rows=3), folders))
+    assert [reason for _, reason, _ in embedded.rejects] == ["image embedding not finite"] * 3
+    assert embedded.features["image_embedding"].null_count == 3

@@ -1,0 +1,221 @@
+import io
+import logging
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+
+from common.errors import ConfigError, EvaluateError, ModelError, TrainError
+from common.lake import create_lake, shard_name
+from common.schemas import SCORES, check_table
+from trainer.config import EvaluateConfig
+from trainer.evaluation.models import find_model
+from trainer.evaluation.prompts import load_templates
+from trainer.evaluation.run import evaluate
+from trainer.evaluation.samples import lake_data
+from trainer.evaluation.scores import read_scores
+from trainer.evaluation.tables import format_markdown, format_table, sections
+
+CONFIG = EvaluateConfig(bootstraps=50, batch_size=32)
+
+
+def value(scores, **where) -> float:
+    (row,) = [row for row in scores.to_pylist() if all(row[key] == wanted for key, wanted in where.items())]
+    return row["value"]
+
+
+@pytest.fixture
+def two_models(model_folder):
+    return [find_model(f"first={model_folder('a')}", {}), find_model(f"second={model_folder('b', seed=1)}", {})]
+
+
+def stock_embeddings(folder, samples, texts):
+    """Unit vectors as stock open_clip gives them, without any of the code under test."""
+    import open_clip
+
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    model.eval()
+    with torch.no_grad():
+        pixels = torch.stack([preprocess(Image.open(io.BytesIO(sample.image)).convert("RGB")) for sample in samples])
+        images, captions = model.encode_image(pixels, normalize=True), model.encode_text(tokenizer(texts), normalize=True)
+    return images.numpy(), captions.numpy(), float(model.logit_scale.detach().exp())
+
+
+def test_zero_shot_scores_equal_a_computation_with_stock_open_clip_and_scikit_learn(small_lake, model_folder):
+    folder = model_folder("a")
+    scores = evaluate(small_lake.uri, [find_model(f"first={folder}", {})], CONFIG).scores
+    samples = [s for shard in lake_data(small_lake, "test").stream() for s in shard if s.modality == "fundus"]
+    labels = ["cyst", "lesion", "normal"]
+    prompts = [load_templates(None).prompts(label, "fundus") for label in labels]
+    images, texts, scale = stock_embeddings(folder, samples, [text for group in prompts for text in group])
+    directions, start = [], 0
+    for group in prompts:
+        mean = texts[start : start + len(group)].mean(0)
+        directions.append(mean / np.linalg.norm(mean))
+        start += len(group)
+    logits = torch.from_numpy(scale * images @ np.stack(directions).T)
+    truth = [labels.index(sample.label) for sample in samples]
+    expected = {
+        "accuracy": accuracy_score(truth, logits.argmax(1)),
+        "f1": f1_score(truth, logits.argmax(1), average="macro", zero_division=0.0),
+        "auc": roc_auc_score(truth, logits.double().softmax(1), multi_class="ovr"),
+    }
+    for metric, reference in expected.items():
+        measured = value(scores, task="zero_shot", modality="fundus", metric=metric)
+        assert measured == pytest.approx(reference, abs=1e-3), metric
+
+
+def test_retrieval_scores_equal_a_plain_count(small_lake, model_folder):
+    folder = model_folder("a")
+    scores = evaluate(small_lake.uri, [find_model(f"first={folder}", {})], CONFIG).scores
+    samples = [sample for shard in lake_data(small_lake, "test").stream() for sample in shard]
+    texts = sorted({caption for sample in samples for caption in sample.captions})
+    images, captions, _ = stock_embeddings(folder, samples, texts)
+    cosines = images @ captions.T
+    right = np.array([[text in sample.captions for text in texts] for sample in samples])
+    for direction, grid, matches in (("image_to_text", cosines, right), ("text_to_image", cosines.T, right.T)):
+        for k in (1, 5, 10):
+            top = np.argsort(-grid, axis=1)[:, :k]
+            expected = np.take_along_axis(matches, top, axis=1).any(1).mean()
+            measured = value(scores, task="retrieval", modality="all", metric=f"{direction}_recall@{k}")
+            assert measured == pytest.approx(expected, abs=0.03)
+
+
+def test_scores_table_is_whole_and_written(small_lake, two_models):
+    result = evaluate(small_lake.uri, two_models, CONFIG)
+    check_table(result.scores, SCORES, "scores")
+    assert read_scores(small_lake).equals(result.scores)
+    rows = result.scores.to_pylist()
+    assert {row["model"] for row in rows} == {"first", "second"}
+    assert {row["modality"] for row in rows if row["task"] == "zero_shot"} == {"x-ray", "fundus", "mean"}
+    assert {row["modality"] for row in rows if row["task"] == "retrieval"} == {"x-ray", "fundus", "specimen", "mean", "all"}
+    assert all(0 <= row["low"] <= row["high"] <= 1 and len(row["weights_sha256"]) == 64 for row in rows)
+    mean = value(result.scores, model="first", task="zero_shot", modality="mean", metric="auc")
+    parts = [
+        value(result.scores, model="first", task="zero_shot", modality=modality, metric="auc")
+        for modality in ("x-ray", "fundus")
+    ]
+    assert mean == pytest.approx(np.mean(parts))
+
+
+def test_a_rerun_writes_the_same_file_and_another_setting_writes_another(small_lake, two_models):
+    first = evaluate(small_lake.uri, two_models, CONFIG)
+    again = evaluate(small_lake.uri, two_models, CONFIG)
+    assert again.uri == first.uri
+    assert again.scores.drop(["created_at"]).equals(first.scores.drop(["created_at"]))
+    other = evaluate(small_lake.uri, two_models, CONFIG.model_copy(update={"limit": 20}))
+    assert other.uri != first.uri
+    assert len(small_lake.storage.list_files("scores")) == 2
+
+
+def test_scores_do_not_depend_on_the_batch_or_on_the_other_models(small_lake, two_models):
+    both = evaluate(small_lake.uri, two_models, CONFIG).scores
+    alone = evaluate(small_lake.uri, two_models[1:], CONFIG.model_copy(update={"batch_size": 7})).scores
+    second = both.filter(pc.equal(both["model"], "second"))
+    assert alone["metric"].equals(second["metric"])
+    np.testing.assert_allclose(alone["value"].to_numpy(), second["value"].to_numpy(), atol=0.03)
+
+
+def test_main_captions_alone_make_fewer_candidates(small_lake, two_models):
+    config = CONFIG.model_copy(update={"tasks": ("retrieval",), "captions": "main"})
+    scores = evaluate(small_lake.uri, two_models[:1], config).scores
+    counts = {row["metric"]: row["n"] for row in scores.to_pylist() if row["modality"] == "all"}
+    assert counts["image_to_text_recall@1"] == 48
+    assert counts["text_to_image_recall@1"] == 6  # one distinct main caption per modality and label
+
+
+def test_a_picture_that_cannot_be_decoded_is_left_out(small_lake, two_models):
+    table = small_lake.read_pairs(0).to_pylist()
+    table[0]["image"] = b"not a picture"
+    import pyarrow as pa
+
+    small_lake.storage.write_table(f"pairs/{shard_name(0)}", pa.Table.from_pylist(table, schema=small_lake.read_pairs(0).schema))
+    scores = evaluate(small_lake.uri, two_models[:1], CONFIG).scores
+    counts = {row["metric"]: row["n"] for row in scores.to_pylist() if row["modality"] == "all"}
+    assert counts["image_to_text_recall@1"] == 47
+
+
+def test_a_modality_with_one_label_is_skipped_and_said(small_lake, two_models, caplog):
+    logging.getLogger("mmkd").propagate = True
+    with caplog.at_level("INFO", logger="mmkd"):
+        evaluate(small_lake.uri, two_models[:1], CONFIG)
+    assert "specimen is skipped" in caplog.text
+
+
+def test_checkpoint_run_and_export_are_students_with_equal_scores(small_lake, checkpoint, tmp_path):
+    from pathlib import Path
+
+    from trainer.export import export_checkpoint
+
+    run = Path(small_lake.uri) / "runs" / "stage2-abc"
+    checkpoint(run, step=5, seed=3)
+    newest = checkpoint(run, step=10, seed=4)
+    exported = export_checkpoint(str(newest), str(tmp_path / "student"))
+    models = [find_model(str(run), {}), find_model(str(newest), {}), find_model(exported, {})]
+    assert [model.name for model in models] == ["stage2-abc", "stage2-abc-step-00000010", "student"]
+    assert {model.kind for model in models} == {"student"}
+    scores = evaluate(small_lake.uri, models, CONFIG).scores
+    assert len(set(scores["weights_sha256"].to_pylist())) == 1
+    by_model = [scores.filter(pc.equal(scores["model"], m.name))["value"].to_pylist() for m in models]
+    assert by_model[0] == by_model[1] == by_model[2]
+
+
+def test_clear_errors(small_lake, two_models, model_folder, tmp_path):
+    with pytest.raises(ConfigError, match="Several models are called first"):
+        evaluate(small_lake.uri, [two_models[0], two_models[0]], CONFIG)
+    with pytest.raises(ConfigError, match="No model"):
+        evaluate(small_lake.uri, [], CONFIG)
+    with pytest.raises(EvaluateError, match="no samples in split 'val'"):
+        evaluate(small_lake.uri, two_models, CONFIG.model_copy(update={"split": "val"}))
+    with pytest.raises(ModelError, match="Unknown model 'nobody'"):
+        find_model("nobody", {})
+    with pytest.raises(ModelError, match="not a model folder"):
+        find_model(str(tmp_path), {})
+    (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(TrainError, match="no whole checkpoint"):
+        find_model(str(tmp_path / "run"), {})
+
+
+def test_broken_weights_are_an_error_and_not_a_perfect_rank(small_lake, model_folder):
+    from safetensors.torch import load_file, save_file
+
+    folder = model_folder("broken")
+    tensors = load_file(folder / "open_clip_model.safetensors")
+    tensors["visual.proj"] = torch.full_like(tensors["visual.proj"], float("nan"))
+    save_file(tensors, folder / "open_clip_model.safetensors")
+    with pytest.raises(EvaluateError, match="NaN"):
+        evaluate(small_lake.uri, [find_model(str(folder), {})], CONFIG)
+
+
+def test_nothing_measurable_is_an_error(tmp_path, two_models, small_lake):
+    import pyarrow as pa
+
+    lake = create_lake(str(tmp_path / "one"), shard_rows=10)
+    rows = [row for row in small_lake.read_pairs(0).to_pylist() if row["split"] == "test"][:1]
+    lake.storage.write_table(f"pairs/{shard_name(0)}", pa.Table.from_pylist(rows, schema=small_lake.read_pairs(0).schema))
+    with pytest.raises(EvaluateError, match="Nothing can be measured"):
+        evaluate(lake.uri, two_models, CONFIG)
+
+
+def test_tables_for_people(small_lake, two_models):
+    scores = evaluate(small_lake.uri, two_models, CONFIG).scores
+    accuracy = sections(scores)[0]
+    assert accuracy.columns == ["fundus", "x-ray", "mean"]
+    assert accuracy.models == ["first", "second"]
+    for column in range(3):
+        column_cells = [row[column] for row in accuracy.cells]
+        best = max(cell.value for cell in column_cells)
+        assert all(cell.best == (cell.value == best) for cell in column_cells)
+    text = format_table(scores, width=200)
+    assert "Zero-shot accuracy, percent" in text
+    assert "image to text R@10" in text
+    assert all(len(line) <= 200 for line in text.splitlines())
+    narrow = format_table(scores, width=60).split("\n\n")[0].splitlines()
+    assert narrow[3].count("[") == 1  # only the mean keeps its interval
+    markdown = format_markdown(scores)
+    assert markdown.count("| first |") == 4
+    assert "**" in markdown

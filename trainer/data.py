@@ -1,0 +1,234 @@
+"""From aligned shards to training batches, as plain callables: read side by side, draw, decode, augment, tokenise.
+
+A *block* is a few consecutive steps of one worker as an Arrow table, rows in their final order. Reading joins the pairs
+with every teacher's vectors; decoding, which costs the time, then needs nothing but the block.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from common.errors import LakeError
+from common.images import UndecodableImageError, decode_rgb
+from common.lake import Lake, check_same_samples, shard_name
+from common.seeding import rng
+from trainer.architecture import Architecture, load_tokenizer
+from trainer.order import Order, Segment, split_places
+from trainer.transforms import training_view
+
+# B = rows of a worker's batch, H x W = pixels, L = context length, T = a teacher's width.
+
+PAIR_COLUMNS = ["sample_id", "image", "captions"]
+FEATURE_COLUMNS = ["sample_id", "image_embedding", "text_embedding", "extra_text_embeddings"]
+BLOCK_ROWS = 256
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """Everything that determines the batches of a run; small, so that it travels to every task."""
+
+    lake_uri: str
+    order: Order
+    architecture: Architecture
+    crop_scale: float
+    teachers: tuple[str, ...] = ()
+    selection: str | None = None
+    """Fingerprint of the selection; with teachers only."""
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """One teacher's unit vectors of a batch, of the picture and of the drawn caption, and where it may speak."""
+
+    image_BT: np.ndarray
+    text_BT: np.ndarray
+    image_mask_B: np.ndarray
+    text_mask_B: np.ndarray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One worker's share of a step."""
+
+    place_B: np.ndarray
+    """Where each sample lies, see ``order.split_places``."""
+    sample_ids: list[str]
+    pixels_BHWC: np.ndarray
+    tokens_BL: np.ndarray
+    teachers: dict[str, TeacherRows]
+
+
+def selection_folder(fingerprint: str, teacher: str) -> str:
+    """Folder of one teacher's selection, relative to the lake."""
+    return f"selection/{fingerprint}/teacher={teacher}"
+
+
+def read_blocks(data: TrainData, segment: Segment, lanes: range) -> Iterator[pa.Table]:
+    """Read a segment's shards once and give its rows in their final order, as blocks of whole steps.
+
+    Raises:
+        LakeError: A teacher's shard does not hold the same samples as its pairs shard.
+    """
+    places_SB = data.order.segment_places(segment, lanes)
+    steps = max(1, BLOCK_ROWS // places_SB.shape[1])
+    lake = Lake(data.lake_uri)
+    shards = {int(shard): read_shard(data, lake, int(shard)) for shard in np.unique(split_places(places_SB)[0])}
+    for first in range(0, len(places_SB), steps):
+        yield _block(data, segment.epoch, places_SB[first : first + steps].reshape(-1), shards)
+
+
+def read_shard(data: TrainData, lake: Lake, shard: int) -> pa.Table:
+    """A pairs shard with every teacher's columns beside it, named ``<teacher>/<column>``."""
+    pairs = lake.read_pairs(shard, PAIR_COLUMNS).combine_chunks()
+    joined = pairs
+    for teacher in data.teachers:
+        features = lake.read_features(teacher, shard, FEATURE_COLUMNS)
+        check_same_samples(features, pairs, f"{data.lake_uri}/{lake.features_folder(teacher)}/{shard_name(shard)}")
+        for column in FEATURE_COLUMNS[1:]:
+            joined = joined.append_column(f"{teacher}/{column}", features[column].combine_chunks())
+        name = f"{selection_folder(str(data.selection), teacher)}/{shard_name(shard)}"
+        selection = lake.storage.read_table(name, ["sample_id", "admitted"])
+        check_same_samples(selection, pairs, f"{data.lake_uri}/{name}")
+        joined = joined.append_column(f"{teacher}/admitted", selection["admitted"].combine_chunks())
+    return joined
+
+
+def _block(data: TrainData, epoch: int, places: np.ndarray, shards: dict[int, pa.Table]) -> pa.Table:
+    shard_of, row_of = split_places(places)
+    # Grouped by shard first: taking from one shard at a time never concatenates gigabytes of encoded pictures.
+    by_shard = np.argsort(shard_of, kind="stable")
+    pieces = [shards[int(shard)].take(row_of[shard_of == shard]) for shard in np.unique(shard_of)]
+    table = pa.concat_tables(pieces).take(np.argsort(by_shard)).combine_chunks()
+    ids, captions = table["sample_id"].to_pylist(), table["captions"].to_pylist()
+    drawn = np.array([draw_caption(data.order.seed, epoch, *row) for row in zip(ids, captions, strict=True)])
+    columns = {
+        "place": pa.array(places),
+        "epoch": pa.array(np.full(len(places), epoch, dtype=np.int32)),
+        "sample_id": table["sample_id"],
+        "image": table["image"],
+        "caption": pa.array([texts[which] for texts, which in zip(captions, drawn, strict=True)], pa.string()),
+    }
+    for teacher in data.teachers:
+        for name, values in teacher_columns(table, teacher, drawn).items():
+            columns[f"{teacher}/{name}"] = _to_arrow(values)
+    return pa.table(columns)
+
+
+def draw_caption(seed: int, epoch: int, sample_id: str, captions: list[str]) -> int:
+    """Which of a sample's captions is used in an epoch."""
+    return 0 if len(captions) == 1 else int(rng(seed, "caption", epoch, sample_id).integers(len(captions)))
+
+
+def teacher_columns(table: pa.Table, teacher: str, drawn: np.ndarray) -> dict[str, np.ndarray]:
+    """One teacher's dense vectors for the picture and the drawn caption, zero where masked."""
+    image_BT, has_image_B = _vectors(table[f"{teacher}/image_embedding"].combine_chunks())
+    text_BT, has_text_B = _vectors(table[f"{teacher}/text_embedding"].combine_chunks())
+    extra = table[f"{teacher}/extra_text_embeddings"].combine_chunks()
+    others = np.flatnonzero(drawn > 0)
+    if len(others):
+        offsets, counts = extra.offsets.to_numpy(), extra.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        present = counts[others] >= drawn[others]
+        flat_XT, has_flat_X = _vectors(extra.values)
+        has_text_B[others], text_BT[others] = False, 0
+        filled = others[present]
+        index = offsets[filled] + drawn[filled] - 1
+        has_text_B[filled], text_BT[filled] = has_flat_X[index], flat_XT[index]
+    admitted_B = table[f"{teacher}/admitted"].to_numpy()
+    return {
+        "image": image_BT,
+        "text": text_BT,
+        "image_mask": admitted_B & has_image_B,
+        "text_mask": admitted_B & has_text_B,
+    }
+
+
+def _vectors(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """A fixed_size_list<float> column -> float32 [B, T] of its own, zero where null, and bool [B] where not null."""
+    present = array.is_valid().to_numpy(zero_copy_only=False).copy()
+    width = array.type.list_size
+    # `values` is the whole child array, nulls' slots included; a slice has to be cut out by hand.
+    flat = array.values.slice(array.offset * width, len(array) * width).fill_null(0.0)
+    dense = np.array(flat.to_numpy(zero_copy_only=False), dtype=np.float32).reshape(len(array), width)
+    dense[~present] = 0
+    return dense, present
+
+
+def decode_block(data: TrainData, block: pa.Table) -> pa.Table:
+    """Turn encoded pictures into augmented pixels and captions into token ids; the other columns stay.
+
+    Raises:
+        LakeError: A picture that ingest could decode cannot be decoded now; names the samples.
+    """
+    geometry, seed = data.architecture.geometry, data.order.seed
+    ids, epochs = block["sample_id"].to_pylist(), block["epoch"].to_pylist()
+    pixels_BHWC = np.empty((block.num_rows, geometry.size, geometry.size, 3), dtype=np.uint8)
+    bad = []
+    for i, encoded in enumerate(block["image"]):
+        try:
+            picture = decode_rgb(encoded.as_py())
+        except UndecodableImageError as error:
+            bad.append(f"{ids[i]} ({error})")
+            continue
+        pixels_BHWC[i] = training_view(picture, geometry, data.crop_scale, rng(seed, "crop", epochs[i], ids[i]))
+    if bad:
+        raise LakeError(
+            f"{len(bad)} pictures of {data.lake_uri} cannot be decoded, though ingest could: {'; '.join(bad[:5])}. "
+            "The pairs were damaged or written by another version; ingest the source again into a fresh lake."
+        )
+    tokens_BL = _tokenizer(data.architecture)(block["caption"].to_pylist())
+    block = block.drop_columns(["image", "caption"])
+    return block.append_column("pixels", _to_arrow(pixels_BHWC)).append_column("tokens", _to_arrow(tokens_BL))
+
+
+_TOKENIZERS: dict[str, Callable[[list[str]], np.ndarray]] = {}
+
+
+def _tokenizer(architecture: Architecture) -> Callable[[list[str]], np.ndarray]:
+    """Loaded once per process: it costs seconds."""
+    key = str(architecture.local_folder())
+    if key not in _TOKENIZERS:
+        _TOKENIZERS[key] = load_tokenizer(architecture)
+    return _TOKENIZERS[key]
+
+
+def split_batches(data: TrainData, block: pa.Table, rows: int) -> Iterator[Batch]:
+    """Cut a decoded block into batches of ``rows``, as views of its memory."""
+    size = data.architecture.geometry.size
+    dense = functools.partial(_to_numpy, block)
+    pixels, tokens, ids = dense("pixels", (size, size, 3)), dense("tokens"), block["sample_id"].to_pylist()
+    teachers = {
+        name: TeacherRows(*(dense(f"{name}/{part}") for part in ("image", "text", "image_mask", "text_mask")))
+        for name in data.teachers
+    }
+    for first in range(0, block.num_rows, rows):
+        part = slice(first, first + rows)
+        yield Batch(
+            place_B=block["place"].to_numpy()[part],
+            sample_ids=ids[part],
+            pixels_BHWC=pixels[part],
+            tokens_BL=tokens[part],
+            teachers={
+                name: TeacherRows(t.image_BT[part], t.text_BT[part], t.image_mask_B[part], t.text_mask_B[part])
+                for name, t in teachers.items()
+            },
+        )
+
+
+def _to_arrow(values: np.ndarray) -> pa.Array:
+    """An array [B] or [B, ...] as a column, without a copy; trailing axes become one fixed-size list."""
+    if values.ndim == 1:
+        return pa.array(values)
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), int(np.prod(values.shape[1:])))
+
+
+def _to_numpy(table: pa.Table, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """The inverse of :func:`_to_arrow`."""
+    column = table[name].combine_chunks()
+    if not pa.types.is_fixed_size_list(column.type):
+        return column.to_numpy(zero_copy_only=False)
+    return column.flatten().to_numpy().reshape(table.num_rows, *(shape or (column.type.list_size,)))

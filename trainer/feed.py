@@ -1,0 +1,119 @@
+"""Batches for one worker, in the exact global order: through Ray Data, or in this process for tests and notebooks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from trainer.data import Batch, TrainData, decode_block, read_blocks, split_batches
+from trainer.order import Segment, worker_lanes
+
+if TYPE_CHECKING:
+    import ray
+
+SEGMENTS_PER_DATASET = 2000
+READERS = 2  # one ahead, so that a new window does not make the decoders wait
+
+
+def local_batches(
+    data: TrainData, first_step: int, total_steps: int, rank: int = 0, workers: int = 1
+) -> Iterator[Batch]:
+    """The batches of steps ``first_step`` to ``total_steps``, read and decoded here."""
+    lanes = worker_lanes(data.order.lanes, rank, workers)
+    for segment in data.order.segments(first_step, total_steps):
+        for block in read_blocks(data, segment, lanes):
+            yield from split_batches(data, decode_block(data, block), data.order.batch_size // workers)
+
+
+def ray_batches(
+    data: ray.ObjectRef, first_step: int, total_steps: int, rank: int, workers: int, tasks: int
+) -> Iterator[Batch]:
+    """The same batches from a streaming Ray Data pipeline: read -> decode in ``tasks`` parallel tasks -> here.
+
+    Args:
+        data: Reference to the :class:`TrainData` of the run.
+        first_step: Where to begin; everything before it was trained on already.
+        total_steps: Where to end.
+        rank: This worker.
+        workers: How many there are; divides the lanes.
+        tasks: Decode tasks in flight.
+    """
+    import ray
+
+    known: TrainData = ray.get(data)
+    lanes = worker_lanes(known.order.lanes, rank, workers)
+    rows = known.order.batch_size // workers
+    segments = known.order.segments(first_step, total_steps)
+    # One dataset spans many epochs, since each start costs a second; a bound keeps the list of inputs short.
+    while chunk := list(itertools.islice(segments, SEGMENTS_PER_DATASET)):
+        for blob in _stream(data, chunk, lanes, tasks):
+            yield from split_batches(known, _unpack(blob), rows)
+
+
+def _stream(data: ray.ObjectRef, segments: list[Segment], lanes: range, tasks: int) -> Iterator[pa.Scalar]:
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # A block is one opaque row, and a limit of one byte makes every row a block of Ray's: no setting of the engine
+    # can then merge or split what belongs to a step.
+    context.target_max_block_size = 1
+    items = [{"epoch": s.epoch, "window": s.window, "first": s.first, "stop": s.stop} for s in segments]
+    stream = (
+        ray.data.from_items(items, override_num_blocks=len(items))
+        .map_batches(
+            _read_task,
+            fn_kwargs={"data": data, "lanes": lanes},
+            batch_size=None,
+            num_cpus=0,  # it waits for storage
+            compute=ray.data.TaskPoolStrategy(READERS),
+        )
+        .map_batches(
+            _decode_task,
+            fn_kwargs={"data": data},
+            batch_format="pyarrow",
+            batch_size=None,
+            num_cpus=1,
+            compute=ray.data.TaskPoolStrategy(tasks),
+        )
+    )
+    for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+        yield from batch["block"]
+
+
+def _read_task(items: dict[str, Any], data: ray.ObjectRef, lanes: range) -> Iterator[pa.Table]:
+    import ray
+
+    known: TrainData = ray.get(data)
+    for i in range(len(items["epoch"])):
+        segment = Segment(**{name: int(values[i]) for name, values in items.items()})
+        for block in read_blocks(known, segment, lanes):
+            yield _pack(block)
+
+
+def _decode_task(table: pa.Table, data: ray.ObjectRef) -> pa.Table:
+    import ray
+
+    known: TrainData = ray.get(data)
+    return pa.concat_tables([_pack(decode_block(known, _unpack(blob))) for blob in table["block"]])
+
+
+def _pack(block: pa.Table) -> pa.Table:
+    """A table as one row of one column."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, block.schema) as writer:
+        writer.write_table(block)
+    blob = pa.Array.from_buffers(
+        pa.large_binary(), 1, [None, pa.array([0, sink.tell()], pa.int64()).buffers()[1], sink.getvalue()]
+    )
+    return pa.table({"block": blob})
+
+
+def _unpack(blob: pa.Scalar) -> pa.Table:
+    """The inverse, without copying the columns."""
+    return pa.ipc.open_stream(blob.as_buffer()).read_all()

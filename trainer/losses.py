@@ -1,0 +1,126 @@
+"""Losses as pure functions of tensors: no parameters, no state, no configuration.
+
+Every rank computes the same global loss from gathered features. Shapes: N = global batch, B = a rank's share, D = width;
+a name like ``target_NN`` has a row for each query and a column for each key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
+from torch import distributed
+
+
+class Affinity(NamedTuple):
+    """What one teacher says about which keys resemble which queries."""
+
+    query_ND: torch.Tensor
+    key_ND: torch.Tensor
+    mask_N: torch.Tensor
+    """Rows for which the teacher may speak; it is asked about these queries and these keys only."""
+    scale: float
+    """Factor on its cosines before softmax."""
+
+
+def clip_loss(image_ND: torch.Tensor, text_ND: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Symmetric cross entropy: each picture finds its caption among N, each caption its picture."""
+    logits_NN = scale * image_ND @ text_ND.T
+    labels_N = torch.arange(len(logits_NN), device=logits_NN.device)
+    return (F.cross_entropy(logits_NN, labels_N) + F.cross_entropy(logits_NN.T, labels_N)) / 2
+
+
+def mean_affinity(teachers: Sequence[Affinity], exclude_self: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Average the teachers' softmaxed similarities, after softmax, over the teachers admissible for each row.
+
+    Args:
+        teachers: At least one; each row's softmax runs over the columns its teacher is admissible for.
+        exclude_self: Leave the diagonal out, for similarities within one modality.
+
+    Returns:
+        target_NN, whose valid rows sum to 1, and rows_N (bool), the rows for which any teacher spoke.
+    """
+    shape = len(teachers[0].mask_N)
+    total_NN = teachers[0].query_ND.new_zeros(shape, shape)
+    speaking_N = total_NN.new_zeros(shape)
+    itself_NN = torch.eye(shape, dtype=torch.bool, device=total_NN.device)
+    for teacher in teachers:
+        allowed_NN = teacher.mask_N[:, None] & teacher.mask_N[None, :]
+        if exclude_self:
+            allowed_NN = allowed_NN & ~itself_NN
+        logits_NN = teacher.scale * teacher.query_ND @ teacher.key_ND.T
+        # A finite floor, since a row without any allowed column would turn to NaN under -inf.
+        floor = torch.finfo(logits_NN.dtype).min
+        share_NN = logits_NN.masked_fill(~allowed_NN, floor).softmax(dim=1) * allowed_NN
+        total_NN = total_NN + share_NN
+        speaking_N = speaking_N + allowed_NN.any(dim=1)
+    return total_NN / speaking_N.clamp(min=1)[:, None], speaking_N > 0
+
+
+def similarity_distillation(
+    query_ND: torch.Tensor,
+    key_ND: torch.Tensor,
+    scale: torch.Tensor,
+    target_NN: torch.Tensor,
+    rows_N: torch.Tensor,
+    exclude_self: bool,
+) -> torch.Tensor:
+    """Kullback-Leibler divergence from the teachers' rows to the student's softmax; 0 is perfect agreement.
+
+    Args:
+        query_ND: The student's unit vectors that ask.
+        key_ND: The student's unit vectors that are compared with.
+        scale: Factor on the student's cosines.
+        target_NN: From :func:`mean_affinity`.
+        rows_N: Rows that count; the mean is over them, and 0 if there are none.
+        exclude_self: As it was for the target.
+    """
+    logits_NN = scale * query_ND @ key_ND.T
+    if exclude_self:
+        itself_NN = torch.eye(len(logits_NN), dtype=torch.bool, device=logits_NN.device)
+        logits_NN = logits_NN.masked_fill(itself_NN, torch.finfo(logits_NN.dtype).min)
+    log_student_NN = logits_NN.log_softmax(dim=1)
+    # xlogy(0, 0) = 0; a column the target excludes must not multiply the floor's huge logarithm.
+    cross_NN = torch.where(target_NN > 0, target_NN * log_student_NN, torch.zeros_like(log_student_NN))
+    row_N = torch.xlogy(target_NN, target_NN).sum(dim=1) - cross_NN.sum(dim=1)
+    return (row_N * rows_N).sum() / rows_N.sum().clamp(min=1)
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows in rank order; see :func:`gather_features` for the gradient."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, local_BD: torch.Tensor) -> torch.Tensor:
+        return gather_constant(local_BD)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_ND: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        world, rank = distributed.get_world_size(), distributed.get_rank()
+        return grad_ND.chunk(world)[rank] * world
+
+
+def gather_features(local_BD: torch.Tensor) -> torch.Tensor:
+    """Put all ranks' rows below each other, in rank order, with gradient; the identity without process groups.
+
+    Contract: every rank then computes the *same* loss from the result. So a rank's own slice of the gradient is already
+    complete and nothing needs to be exchanged; it is multiplied by the number of ranks, because
+    DistributedDataParallel averages the parameters' gradients over ranks where their sum is the gradient.
+    """
+    if not _distributed():
+        return local_BD
+    return _Gather.apply(local_BD)
+
+
+def gather_constant(local: torch.Tensor) -> torch.Tensor:
+    """Put all ranks' rows below each other, in rank order, without gradient."""
+    if not _distributed():
+        return local
+    parts = [torch.empty_like(local) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, local.contiguous())
+    return torch.cat(parts)
+
+
+def _distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
