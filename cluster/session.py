@@ -25,7 +25,7 @@ def ray_session(num_gpus: int | None = None) -> Iterator[None]:
         ClusterError: The named cluster does not answer.
     """
     # Set before Ray is imported: it reads them then.
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
@@ -48,7 +48,6 @@ def ray_session(num_gpus: int | None = None) -> Iterator[None]:
             f"Ray could not be reached or started (RAY_ADDRESS={address or 'not set'}): {error}. "
             "Unset RAY_ADDRESS to run on this machine, or check that the cluster is up with `ray status`."
         ) from error
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     try:
         yield
     finally:

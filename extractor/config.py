@@ -27,9 +27,14 @@ class IngestConfig(StrictModel):
     split_column: str | None = Field(None, description="Column with train/val/test; None tries 'split'.")
     keep_labels: tuple[str, ...] = Field((), description="Keep only rows with one of these image labels (BIOMEDICA).")
     keep_panels: tuple[str, ...] = Field((), description="Keep only rows with one of these panel types (BIOMEDICA).")
-    keep_licenses: tuple[str, ...] = Field((), description="Keep only rows whose licence begins with one of these.")
+    keep_licenses: tuple[str, ...] = Field(
+        (), description="Keep only rows under one of these: 'CC BY' keeps 'CC BY 4.0' but not 'CC BY-NC'."
+    )
     max_side: int | None = Field(
         None, gt=0, description="Re-encode pictures whose long side exceeds this, to save space."
+    )
+    min_contrast: int = Field(
+        3, ge=0, le=256, description="Reject pictures whose 8-bit values span less (blank ones); 0 keeps all."
     )
     val_fraction: float = Field(
         0.02, ge=0, lt=1, description="Share put in val by hash, where the source has no split."
@@ -46,6 +51,7 @@ class DecodeLimits(StrictModel):
     max_pixels: PositiveInt = Field(100_000_000, description="Larger pictures are rejected before decoding.")
     max_seconds: PositiveFloat = Field(20.0, description="Decoding longer than this is killed.")
     max_memory_mib: PositiveInt = Field(3072, description="Address space of the decoding process.")
+    max_file_mib: PositiveInt = Field(256, description="Larger image files are rejected.")
 
 
 class ExtractConfig(StrictModel):

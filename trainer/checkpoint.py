@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and JSON in one folder per step, whole or not at all, on any storage.
 
-``<run>/checkpoints/step-00000500/`` holds the model, the objective and the optimizer as safetensors, ``state.json``, the
-architecture's files and, written last, ``checkpoint.json`` with the size and sha256 of each. A folder without a
+``<run>/checkpoints/step-00000500/`` holds the model, the objective and the optimizer as safetensors, ``state.json``,
+the architecture's files and, written last, ``checkpoint.json`` with the size and sha256 of each. A folder without a
 manifest that holds is torn and is ignored. Each folder is also an open_clip model folder: stock open_clip loads it.
 """
 
@@ -83,8 +83,13 @@ class Checkpoint:
         return read_architecture(self.folder)
 
 
-def save_checkpoint(run: Storage, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict[str, Any],
-                    architecture: Architecture) -> Checkpoint:
+def save_checkpoint(
+    run: Storage,
+    step: int,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    state: dict[str, Any],
+    architecture: Architecture,
+) -> Checkpoint:
     """Write a checkpoint; it exists once the manifest does.
 
     Args:

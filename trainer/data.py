@@ -6,6 +6,7 @@ with every teacher's vectors; decoding, which costs the time, then needs nothing
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from trainer.transforms import training_view
 PAIR_COLUMNS = ["sample_id", "image", "captions"]
 FEATURE_COLUMNS = ["sample_id", "image_embedding", "text_embedding", "extra_text_embeddings"]
 BLOCK_ROWS = 256
+VALIDATION_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,17 @@ def read_blocks(data: TrainData, segment: Segment, lanes: range) -> Iterator[pa.
         yield _block(data, segment.epoch, places_SB[first : first + steps].reshape(-1), shards)
 
 
+def validation_batches(data: TrainData, places: np.ndarray) -> Iterator[Batch]:
+    """Clean views with main captions, in batches of equal size whatever the number of workers."""
+    rows = min(len(places), VALIDATION_BATCH)
+    clean = dataclasses.replace(data, teachers=(), selection=None, crop_scale=1.0)
+    lake = Lake(data.lake_uri)
+    for first in range(0, len(places) - rows + 1, rows):
+        chosen = places[first : first + rows]
+        shards = {int(shard): read_shard(clean, lake, int(shard)) for shard in np.unique(split_places(chosen)[0])}
+        yield from split_batches(clean, decode_block(clean, _block(clean, None, chosen, shards)), rows)
+
+
 def read_shard(data: TrainData, lake: Lake, shard: int) -> pa.Table:
     """A pairs shard with every teacher's columns beside it, named ``<teacher>/<column>``."""
     pairs = lake.read_pairs(shard, PAIR_COLUMNS).combine_chunks()
@@ -98,17 +111,19 @@ def read_shard(data: TrainData, lake: Lake, shard: int) -> pa.Table:
     return joined
 
 
-def _block(data: TrainData, epoch: int, places: np.ndarray, shards: dict[int, pa.Table]) -> pa.Table:
+def _block(data: TrainData, epoch: int | None, places: np.ndarray, shards: dict[int, pa.Table]) -> pa.Table:
     shard_of, row_of = split_places(places)
     # Grouped by shard first: taking from one shard at a time never concatenates gigabytes of encoded pictures.
     by_shard = np.argsort(shard_of, kind="stable")
     pieces = [shards[int(shard)].take(row_of[shard_of == shard]) for shard in np.unique(shard_of)]
     table = pa.concat_tables(pieces).take(np.argsort(by_shard)).combine_chunks()
     ids, captions = table["sample_id"].to_pylist(), table["captions"].to_pylist()
-    drawn = np.array([draw_caption(data.order.seed, epoch, *row) for row in zip(ids, captions, strict=True)])
+    drawn = np.zeros(len(places), dtype=np.int64)
+    if epoch is not None:
+        drawn[:] = [draw_caption(data.order.seed, epoch, *row) for row in zip(ids, captions, strict=True)]
     columns = {
         "place": pa.array(places),
-        "epoch": pa.array(np.full(len(places), epoch, dtype=np.int32)),
+        "epoch": pa.array([epoch] * len(places), pa.int32()),
         "sample_id": table["sample_id"],
         "image": table["image"],
         "caption": pa.array([texts[which] for texts, which in zip(captions, drawn, strict=True)], pa.string()),

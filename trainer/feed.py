@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,14 @@ def ray_batches(
             yield from split_batches(known, _unpack(blob), rows)
 
 
+def quiet_ray_data() -> None:
+    """Keep Ray Data's own log of every execution off the terminal; warnings still come through."""
+    import ray.data  # noqa: F401 - it sets its loggers up on import
+
+    for name in ("ray.data", "ray.data._internal.execution"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 def _stream(data: ray.ObjectRef, segments: list[Segment], lanes: range, tasks: int) -> Iterator[pa.Scalar]:
     import ray
 
@@ -86,7 +95,7 @@ def _stream(data: ray.ObjectRef, segments: list[Segment], lanes: range, tasks: i
         yield from batch["block"]
 
 
-def _read_task(items: dict[str, Any], data: ray.ObjectRef, lanes: range) -> Iterator[pa.Table]:
+def _read_task(items: Any, data: ray.ObjectRef, lanes: range) -> Iterator[Any]:
     import ray
 
     known: TrainData = ray.get(data)
@@ -96,7 +105,7 @@ def _read_task(items: dict[str, Any], data: ray.ObjectRef, lanes: range) -> Iter
             yield _pack(block)
 
 
-def _decode_task(table: pa.Table, data: ray.ObjectRef) -> pa.Table:
+def _decode_task(table: Any, data: ray.ObjectRef) -> Any:
     import ray
 
     known: TrainData = ray.get(data)

@@ -19,7 +19,7 @@ from common.logs import logger
 from common.seeding import seed_of
 from trainer.config import OptimConfig
 from trainer.data import Batch, TeacherRows
-from trainer.losses import gather_constant, gather_features
+from trainer.losses import clip_loss, gather_constant, gather_features
 from trainer.objectives import Objective, Stage1Terms, Stage2Terms, TeacherBatch
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.student import StudentOutput
@@ -102,7 +102,15 @@ def train(
             complain(step, batch, values, grad_norm, bad)
         seconds = time.perf_counter() - started + wait_seconds
         yield StepReport(
-            step + 1, step // plan.steps_per_epoch, values, grad_norm, rate, batch.place_B, wait_seconds, seconds, not finite
+            step + 1,
+            step // plan.steps_per_epoch,
+            values,
+            grad_norm,
+            rate,
+            batch.place_B,
+            wait_seconds,
+            seconds,
+            not finite,
         )
 
 
@@ -201,14 +209,12 @@ def validation_loss(batches: Iterable[Batch], student: torch.nn.Module, scale: f
 
     Every batch has the same number of rows, since the loss depends on it.
     """
-    from trainer.losses import clip_loss
-
     device = next(student.parameters()).device
     was_training = student.training
     student.eval()
     losses = []
     for batch in batches:
         output = student(torch.tensor(batch.pixels_BHWC).to(device), torch.tensor(batch.tokens_BL).to(device))
-        losses.append(float(clip_loss(*output, torch.tensor(scale, device=device))))
+        losses.append(float(clip_loss(output.image_BD, output.text_BD, torch.tensor(scale, device=device))))
     student.train(was_training)
     return sum(losses) / len(losses)

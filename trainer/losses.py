@@ -1,7 +1,7 @@
 """Losses as pure functions of tensors: no parameters, no state, no configuration.
 
-Every rank computes the same global loss from gathered features. Shapes: N = global batch, B = a rank's share, D = width;
-a name like ``target_NN`` has a row for each query and a column for each key.
+Every rank computes the same global loss from gathered features. Shapes: N = global batch, B = a rank's share,
+D = width; a name like ``target_NN`` has a row for each query and a column for each key.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class _Gather(torch.autograd.Function):
         return gather_constant(local_BD)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad_ND: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_ND: torch.Tensor) -> torch.Tensor:
         world, rank = distributed.get_world_size(), distributed.get_rank()
         return grad_ND.chunk(world)[rank] * world
 

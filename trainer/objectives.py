@@ -147,9 +147,7 @@ class DistillObjective(nn.Module):
         said = []
         for name, teacher in teachers.items():
             vectors_NT, mask_N = (
-                (teacher.image_NT, teacher.image_mask_N)
-                if side == "image"
-                else (teacher.text_NT, teacher.text_mask_N)
+                (teacher.image_NT, teacher.image_mask_N) if side == "image" else (teacher.text_NT, teacher.text_mask_N)
             )
             said.append(Affinity(vectors_NT, vectors_NT, mask_N, self.teacher_scales[name]))
         target_NN, rows_N = mean_affinity(said, exclude_self=True)

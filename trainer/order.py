@@ -1,9 +1,9 @@
 """The order of training samples as a function of (seed, epoch) only: the same on any number of workers.
 
-An epoch permutes the shards, cuts their concatenated rows into ``lanes`` equal ranges, cuts each range into windows of
-about ``shuffle_shards`` shards, and shuffles inside a window. Step s takes the next ``batch_size / lanes`` rows of every
-lane, lanes in order; a worker owns consecutive lanes, so it reads only its own shards and the workers' batches, put side
-by side, are the global batch.
+An epoch permutes the shards, cuts their concatenated rows into ``lanes`` equal ranges, cuts each range into windows
+of about ``shuffle_shards`` shards, and shuffles inside a window. Step s takes the next ``batch_size / lanes`` rows of
+every lane, lanes in order; a worker owns consecutive lanes, so it reads only its own shards and the workers' batches,
+put side by side, are the global batch.
 """
 
 from __future__ import annotations

@@ -32,9 +32,9 @@ class ReportContent:
     title: str
     scores: pa.Table
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-    """Run -> metric rows with ``step`` and the loss terms."""
-    terms: Sequence[str] = ("loss",)
-    """Which of a row's entries are drawn, in this order."""
+    """Run -> metric rows with ``step`` and the loss terms, as ``trainer.record.read_metrics`` gives them."""
+    terms: Sequence[str] = ("total", "contrastive", "image_text", "image_image", "text_text", "validation")
+    """Which of a row's entries are drawn, in this order; those a run does not have are left out."""
     gallery: Sequence[GalleryItem] = ()
     embedding_map: EmbeddingMap | None = None
     notes: Sequence[str] = ()
@@ -147,7 +147,7 @@ def _table(section: Section) -> str:
 
 def _losses(content: ReportContent) -> str:
     chart = loss_chart(content.curves, content.terms)
-    hint = "Each term as it is logged, before weighting."
+    hint = "Each loss term before weighting; total is their weighted sum, validation the contrastive loss on the val split."
     return _section("How training went", hint, chart) if chart else ""
 
 

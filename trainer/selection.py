@@ -274,23 +274,6 @@ def write_selection(lake: Lake, folder: str, pairs: PairColumns, scores: Teacher
         start += rows
 
 
-def newest_selection(lake: Lake) -> str:
-    """Fingerprint of the finished selection written last.
-
-    Raises:
-        LakeError: There is none.
-    """
-    finished = []
-    for name in lake.storage.list_folders("selection"):
-        try:
-            finished.append((lake.storage.read_json(f"selection/{name}/selection.json")["created_at"], name))
-        except FileNotFoundError:
-            logger.info("selection/%s is unfinished and ignored", name)
-    if not finished:
-        raise LakeError(f"{lake.uri} holds no selection yet. Run `mmkd select {lake.uri}` first.")
-    return max(finished)[1]
-
-
 def format_summary(summary: dict[str, dict[str, Any]]) -> str:
     """Teachers by modalities: skill and share of samples kept, as an aligned text table."""
     modalities = sorted({modality for by_modality in summary.values() for modality in by_modality})

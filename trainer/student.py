@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,10 +27,13 @@ class StudentOutput(NamedTuple):
 class Student(nn.Module):
     """An open_clip model behind one forward, so that DistributedDataParallel sees both towers at once."""
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.architecture = architecture
-        self.model = _build(architecture)
+        self.model: Any = _build(architecture)
         # The objective owns the learned temperature; the model's own is only filled in when it is saved.
         self.model.logit_scale.requires_grad_(False)
         preprocess = architecture.config["preprocess_cfg"]

@@ -75,6 +75,9 @@ def extract(
     if print_config:
         show_config(settings)
         return
+    from common.lake import open_lake
+
+    open_lake(lake)  # before Ray starts, so that a wrong address is told at once
     with ray_session():
         from extractor.pipeline import extract as run
 

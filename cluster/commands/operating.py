@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands.options import Catalog, Teachers, split_names
+from cluster.commands.options import Catalog, ConfigFile, Overrides, PrintConfig, Teachers, show_config, split_names
+from cluster.config import DemoConfig
+from common.config import load_config
 
 
 def demo(
@@ -18,15 +20,22 @@ def demo(
     ] = None,
     teachers: Teachers = None,
     catalog: Catalog = None,
-    seed: Annotated[int, typer.Option(help="Another seed draws other pictures and trains other models.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Another seed draws other pictures and trains other models.")] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
 ) -> None:
     """Run the whole pipeline, small, on this machine: no cluster, no hub, no GPU, no credentials.
 
     Example: mmkd demo --lake ./demo-lake
     """
+    settings = load_config(DemoConfig, config, overrides or (), seed=seed)
+    if print_config:
+        show_config(settings)
+        return
     from cluster.demo.run import run_demo
 
-    run_demo(lake, pairs, split_names(teachers), catalog, seed)
+    run_demo(lake, pairs, split_names(teachers), catalog, settings)
 
 
 def submit(

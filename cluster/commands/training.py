@@ -54,6 +54,9 @@ def stage1(
     if print_config:
         show_config(settings)
         return
+    from common.lake import open_lake
+
+    open_lake(lake)  # before Ray starts, so that a wrong address is told at once
     with ray_session():
         from trainer.stage1 import train_stage1
 
@@ -81,6 +84,9 @@ def stage2(
     if print_config:
         show_config(settings)
         return
+    from common.lake import open_lake
+
+    open_lake(lake)  # before Ray starts, so that a wrong address is told at once
     with ray_session():
         from trainer.stage2 import train_stage2
 
@@ -108,13 +114,17 @@ def evaluate(
     if print_config:
         show_config(settings)
         return
-    from trainer.evaluation.models import resolve_model
+    from common.lake import open_lake
+    from common.models.load import read_catalog
+    from trainer.evaluation.models import find_model
     from trainer.evaluation.run import evaluate as run
     from trainer.evaluation.tables import format_table
 
-    references = split_names(models) or ()
-    scores = run(lake, [resolve_model(reference, catalog) for reference in references], settings)
-    typer.echo(format_table(scores))
+    open_lake(lake)
+    known = read_catalog(catalog)
+    result = run(lake, [find_model(reference, known) for reference in split_names(models) or ()], settings)
+    typer.echo(format_table(result.scores))
+    typer.echo(f"Scores: {result.uri}")
 
 
 def export(

@@ -1,121 +1,165 @@
-"""Small real things: model folders with random weights, a checkpoint of one, and a lake of coloured pictures."""
+"""Small real lakes and students: pictures whose colour says what their caption says, and teachers that know it."""
 
 import io
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from common.lake import Lake, create_lake, shard_name
-from common.schemas import PAIRS
+from common.lake import create_lake, shard_name
+from common.schemas import PAIRS, SELECTION, features_schema
+from common.seeding import rng
 
-MODEL_CFG = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
-PREPROCESS_CFG = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "interpolation": "bicubic", "resize_mode": "shortest"}
-COLOURS = {"normal": (40, 160, 60), "lesion": (200, 50, 40), "cyst": (40, 60, 200)}
+WORDS = "a picture of something red green blue bright dark small large left right".split()
+COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
+CONTEXT_LENGTH = 12
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_torch_thread():
-    """Tiny models are slower on several threads, the more so when the machine is shared."""
-    import torch
+def write_student(folder: Path, size: int = 32, width: int = 32) -> Path:
+    """A model folder: a two-layer vision transformer, a one-layer text tower, a word tokenizer."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from tokenizers.processors import TemplateProcessing
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def new_model(seed: int):
-    """A tiny open_clip CLIP with random weights."""
-    import open_clip
-    import torch
-
-    torch.manual_seed(seed)
-    return open_clip.model.CLIP(**{**MODEL_CFG, "embed_dim": 24})
-
-
-@pytest.fixture
-def model_folder(tmp_path):
-    """Write an open_clip model folder: ``model_folder("name", seed=0) -> Path``."""
-    from safetensors.torch import save_file
-
-    def make(name: str, seed: int = 0) -> Path:
-        folder = tmp_path / "models" / name
-        folder.mkdir(parents=True)
-        save_file(new_model(seed).state_dict(), folder / "open_clip_model.safetensors")
-        config = {"model_cfg": MODEL_CFG, "preprocess_cfg": PREPROCESS_CFG}
-        (folder / "open_clip_config.json").write_text(json.dumps(config))
-        return folder
-
-    return make
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    """Write a training checkpoint below a folder: ``checkpoint(run, step=10, seed=0, scale=3.2) -> Path``."""
-    import torch
-    from safetensors.torch import save_file
-
-    def make(run: Path, step: int = 10, seed: int = 0, scale: float = 3.2, teachers: tuple[str, ...] = ()) -> Path:
-        folder = run / "checkpoints" / f"step-{step:08d}"
-        folder.mkdir(parents=True)
-        save_file(new_model(seed).state_dict(), folder / "model.safetensors")
-        save_file({"logit_scale": torch.tensor(scale)}, folder / "objective.safetensors")
-        config = {"model_cfg": MODEL_CFG, "preprocess_cfg": PREPROCESS_CFG}
-        (folder / "open_clip_config.json").write_text(json.dumps(config))
-        manifest = {"stage": "stage2", "step": step, "teachers": list(teachers), "config": {"epochs": 3}}
-        (folder / "checkpoint.json").write_text(json.dumps(manifest))
-        return folder
-
-    return make
-
-
-def picture(label: str, rng: np.random.Generator, width: int = 48, height: int = 40) -> bytes:
-    """A PNG of the label's colour with a disc and noise."""
-    noise = rng.integers(0, 60, (height, width, 3))
-    image = Image.fromarray(np.clip(np.array(COLOURS[label]) + noise, 0, 255).astype(np.uint8))
-    x, y = rng.integers(5, 30, 2)
-    ImageDraw.Draw(image).ellipse([x, y, x + 9, y + 9], fill=(250, 250, 250))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def pair(number: int, modality: str | None, label: str | None, split: str, rng: np.random.Generator) -> dict:
-    """One row of PAIRS; every second sample has a further caption of its own."""
-    captions = [f"{modality} showing {label}"] + ([f"case {number} of the series"] if number % 2 else [])
-    return {
-        "sample_id": f"{number:032x}",
-        "image": picture(label or "normal", rng),
-        "captions": captions,
-        "modality": modality,
-        "label": label,
-        "source": "test",
-        "source_key": str(number),
-        "license": "CC-BY" if number % 3 else None,
-        "width": 48,
-        "height": 40,
-        "sha256": f"{number:064x}",
-        "split": split,
+    tokens = ["[PAD]", "[UNK]", *WORDS, "[EOS]"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="$A [EOS]", special_tokens=[("[EOS]", vocabulary["[EOS]"])])
+    model_cfg = {
+        "embed_dim": 16,
+        "vision_cfg": {"layers": 2, "width": width, "head_width": 16, "patch_size": 8, "image_size": size},
+        "text_cfg": {
+            "context_length": CONTEXT_LENGTH,
+            "vocab_size": len(tokens),
+            "hf_tokenizer_name": "tokenizer-in-this-folder",
+            "width": width,
+            "heads": 2,
+            "layers": 1,
+        },
     }
+    preprocess_cfg = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]"}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}), encoding="utf-8"
+    )
+    config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+    (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One made-up pair."""
+
+    sample_id: str
+    colour: str
+    image: bytes
+    captions: list[str]
+    split: str
+
+
+def make_sample(index: int, val_share: float) -> Sample:
+    draw = rng("lake", index)
+    colour = list(COLOURS)[index % 3]
+    brightness = 0.5 + 0.5 * draw.random()
+    pixels = draw.normal(0, 20, (40, 48, 3)) + brightness * np.array(COLOURS[colour])
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG")
+    captions = [f"a {'bright' if brightness > 0.75 else 'dark'} {colour} picture", f"something {colour}"]
+    split = "val" if draw.random() < val_share else "train"
+    return Sample(f"{index:032x}", colour, buffer.getvalue(), captions[: 1 + index % 2], split)
+
+
+def pairs_table(samples: list[Sample]) -> pa.Table:
+    rows = [
+        {
+            "sample_id": s.sample_id,
+            "image": s.image,
+            "captions": s.captions,
+            "modality": s.colour,
+            "label": s.colour,
+            "source": "made-up",
+            "source_key": s.sample_id,
+            "license": None,
+            "width": 48,
+            "height": 40,
+            "sha256": s.sample_id,
+            "split": s.split,
+        }
+        for s in samples
+    ]
+    return pa.Table.from_pylist(rows, schema=PAIRS)
+
+
+def unit(vector: np.ndarray) -> list[float]:
+    return [float(x) for x in vector / np.linalg.norm(vector)]
+
+
+def features_table(samples: list[Sample], teacher: str, dim: int, speaks: Callable[[Sample], bool]) -> pa.Table:
+    rows = []
+    for s in samples:
+        centre = rng(teacher, s.colour).normal(size=dim)
+        noise = rng(teacher, s.sample_id)
+        vectors = [unit(centre + 0.3 * noise.normal(size=dim)) for _ in range(1 + len(s.captions))]
+        known = speaks(s)
+        rows.append(
+            {
+                "sample_id": s.sample_id,
+                "image_embedding": vectors[0] if known else None,
+                "image_norm": 1.0 if known else None,
+                "text_embedding": vectors[1] if known else None,
+                "text_norm": 1.0 if known else None,
+                "extra_text_embeddings": vectors[2:] if known else None,
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=features_schema(dim, dim))
+
+
+def selection_table(samples: list[Sample], admits: Callable[[Sample], bool]) -> pa.Table:
+    rows = [{"sample_id": s.sample_id, "modality": s.colour, "admitted": admits(s)} for s in samples]
+    return pa.Table.from_pylist(rows, schema=SELECTION)
+
+
+def write_lake(uri: str, rows: int = 96, shard_rows: int = 24, val_share: float = 0.1) -> str:
+    """A lake with pairs, two teachers of different widths and a selection named ``sel``."""
+    lake = create_lake(uri, shard_rows)
+    samples = [make_sample(index, val_share) for index in range(rows)]
+    teachers = {"alpha": (8, lambda s: True), "beta": (12, lambda s: s.colour != "red")}
+    for shard in range(-(-rows // shard_rows)):
+        part = samples[shard * shard_rows : (shard + 1) * shard_rows]
+        lake.storage.write_table(f"pairs/{shard_name(shard)}", pairs_table(part))
+        for name, (dim, speaks) in teachers.items():
+            features = features_table(part, name, dim, speaks)
+            lake.storage.write_table(f"{lake.features_folder(name)}/{shard_name(shard)}", features)
+            chosen = selection_table(part, lambda s, speaks=speaks: speaks(s) and int(s.sample_id, 16) % 7 != 0)
+            lake.storage.write_table(f"selection/sel/teacher={name}/{shard_name(shard)}", chosen)
+    for name in teachers:
+        manifest = {"fingerprint": {"name": name}, "logit_scale": 20.0}
+        lake.storage.write_json(f"{lake.features_folder(name)}/teacher.json", manifest)
+    selection = {"fingerprint": {"config": {}}, "created_at": "2026-01-01T00:00:00+00:00", "teachers": list(teachers)}
+    lake.storage.write_json("selection/sel/selection.json", selection)
+    return uri
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMKD_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
-def small_lake(tmp_path) -> Lake:
-    """Two shards: two modalities with labels, one with a single label; two thirds of the rows are of the test split."""
-    rng = np.random.default_rng(7)
-    kinds = [("x-ray", "normal"), ("x-ray", "lesion"), ("fundus", "cyst"), ("fundus", "normal"), ("fundus", "lesion")]
-    kinds += [("specimen", "cyst")]
-    rows = [pair(i, *kinds[i % 6], "test" if i % 9 < 6 else "train", rng) for i in range(72)]
-    lake = create_lake(str(tmp_path / "lake"), shard_rows=40)
-    for index, start in enumerate((0, 40)):
-        table = pa.Table.from_pylist(rows[start : start + 40], schema=PAIRS)
-        lake.storage.write_table(f"pairs/{shard_name(index)}", table)
-    return lake
+def student_folder(tmp_path) -> Path:
+    return write_student(tmp_path / "student")
+
+
+@pytest.fixture
+def tiny_lake(tmp_path) -> str:
+    return write_lake(str(tmp_path / "lake"))

@@ -65,7 +65,7 @@ def bar_chart(scores: pa.Table, metric: str = "accuracy") -> str | None:
         axes.tick_params(axis="x", length=0)
         axes.set_ylim(0, 100)
         axes.set_ylabel(section.title.removeprefix("Zero-shot ").replace(", percent", ", %"))
-        figure.legend(loc="outside upper left", ncols=min(bars, 5), fontsize=9)
+        figure.legend(loc="outside upper left", ncols=min(bars, 6), fontsize=9)
 
     return _svg(draw, (max(7.5, 0.16 * groups * bars + 2.2), 3.6), f"{section.title}, by modality and model")
 
@@ -97,9 +97,10 @@ def loss_chart(curves: Mapping[str, Sequence[Mapping[str, Any]]], terms: Sequenc
 
     Args:
         curves: Run -> metric rows; a row has ``step`` and any of the terms, others are ignored.
-        terms: Which to draw, in order; those without any value are left out.
+        terms: Which to draw, in order; those that are nowhere, or always 0, are left out.
     """
-    present = [t for t in terms if any(_finite(row.get(t)) for rows in curves.values() for row in rows)]
+    # A term of weight 0 is logged as 0 throughout.
+    present = [t for t in terms if any(_finite(row.get(t)) and row[t] for rows in curves.values() for row in rows)]
     if not present:
         return None
     columns = min(3, len(present))
@@ -111,7 +112,7 @@ def loss_chart(curves: Mapping[str, Sequence[Mapping[str, Any]]], terms: Sequenc
             axes.set_title(term.replace("_", " "), loc="left", fontsize=10)
             for number, (run, rows) in enumerate(curves.items()):
                 kept = [(row["step"], row[term]) for row in rows if _finite(row.get(term))]
-                if kept:
+                if any(value for _, value in kept):
                     style = ("-", "--", "-.", ":")[number % 4]
                     colour = MAP_COLOURS[number % len(MAP_COLOURS)]
                     axes.plot(*zip(*kept, strict=True), style, color=colour, label=run, linewidth=1.4)

@@ -18,7 +18,8 @@ from common.models.dual_encoder import DualEncoder, Tokenize
 from common.models.load import describe_model, find_spec, load_model, load_tokenizer
 from common.models.spec import ModelDescription, ModelSpec
 from common.storage import Storage
-from trainer.export import EXPORT_MANIFEST, newest_checkpoint, write_model_files
+from trainer.checkpoint import FOLDER, MANIFEST, Checkpoint, load_checkpoint
+from trainer.export import EXPORT_MANIFEST, write_model_files
 
 Kind = Literal["teacher", "student"]
 
@@ -30,8 +31,7 @@ class ModelUnderTest:
     name: str
     kind: Kind
     spec: ModelSpec | None = None
-    checkpoint: str | None = None
-    """URI of a training checkpoint's folder."""
+    checkpoint: Checkpoint | None = None
 
 
 def find_model(reference: str, catalog: dict[str, ModelSpec], kind: Kind | None = None) -> ModelUnderTest:
@@ -39,13 +39,13 @@ def find_model(reference: str, catalog: dict[str, ModelSpec], kind: Kind | None 
 
     Args:
         reference: A catalog name, or ``[NAME=]ADDRESS`` of a model folder, an exported student, a checkpoint, or
-            a run (whose newest checkpoint is meant).
+            a run (whose best checkpoint is meant, or without validation its newest).
         catalog: The known models, from ``read_catalog``.
         kind: What the scores call it; None decides by what lies there.
 
     Raises:
         ModelError: No such entry, or nothing that can be loaded lies at the address.
-        TrainError: The run has no checkpoint yet.
+        TrainError: The run has no whole checkpoint.
     """
     name, mark, address = reference.partition("=")
     if reference in catalog or (not mark and "/" not in reference):
@@ -54,14 +54,12 @@ def find_model(reference: str, catalog: dict[str, ModelSpec], kind: Kind | None 
     if not mark:
         address, name = reference, reference.rstrip("/").rsplit("/", 1)[-1]
     storage = Storage(address.rstrip("/"))
-    if storage.list_folders("checkpoints"):
-        return ModelUnderTest(name, kind or "student", checkpoint=newest_checkpoint(storage.uri))
     files = storage.list_files()
-    if "checkpoint.json" in files:
-        if not mark and "/checkpoints/" in address:  # .../runs/<run>/checkpoints/step-00000500
-            run, _, step = address.rstrip("/").rpartition("/checkpoints/")
+    if MANIFEST in files or FOLDER in storage.list_folders():
+        run, inside, step = storage.uri.rpartition(f"/{FOLDER}/")
+        if inside and not mark:  # .../runs/<run>/checkpoints/step-00000500
             name = f"{run.rsplit('/', 1)[-1]}-{step}"
-        return ModelUnderTest(name, kind or "student", checkpoint=storage.uri)
+        return ModelUnderTest(name, kind or "student", checkpoint=load_checkpoint(storage.uri))
     spec = find_spec(f"{_slug(name)}={storage.uri}", {})
     return ModelUnderTest(name, kind or ("student" if EXPORT_MANIFEST in files else "teacher"), spec)
 

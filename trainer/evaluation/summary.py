@@ -29,6 +29,8 @@ class _Standing(NamedTuple):
 
     words: str
     modalities: int
+    ahead: int
+    """In how many modalities the last student is above every teacher."""
     student: dict
     before: dict | None
     teacher: dict | None
@@ -67,6 +69,8 @@ def _sentence(standing: _Standing) -> str:
         text += f"; the best teacher on average, {teacher['model']}, reaches {_percent(teacher)}"
         text += f" ({_difference(student, teacher)})"
     text += "."
+    if teacher is not None and standing.modalities > 1:
+        text += f" It is above every teacher in {standing.ahead} of {standing.modalities} modalities."
     if before is not None:
         text += f" Before distillation ({before['model']}) it was {_percent(before)} ({_difference(student, before)})."
     return text
@@ -80,7 +84,7 @@ def _difference(left: dict, right: dict) -> str:
     points = 100 * (left["value"] - right["value"])
     direction = "higher" if points >= 0 else "lower"
     apart = left["low"] > right["high"] or right["low"] > left["high"]
-    return f"{abs(points):.1f} points {direction}, 95 % intervals {'apart' if apart else 'overlap'}"
+    return f"{abs(points):.1f} points {direction}; the 95 % intervals {'do not overlap' if apart else 'overlap'}"
 
 
 def _standings(scores: pa.Table) -> list[_Standing]:
@@ -96,5 +100,12 @@ def _standings(scores: pa.Table) -> list[_Standing]:
         modalities = {row["modality"] for row in mine} - {MEAN, "all"}
         before = students[0] if len(students) > 1 else None
         teacher = max(teachers, key=lambda row: row["value"], default=None)
-        found.append(_Standing(words, len(modalities), students[-1], before, teacher))
+        ahead = sum(_is_ahead(mine, modality, students[-1]["model"]) for modality in modalities)
+        found.append(_Standing(words, len(modalities), ahead, students[-1], before, teacher))
     return found
+
+
+def _is_ahead(rows: list[dict], modality: str, student: str) -> bool:
+    here = [row for row in rows if row["modality"] == modality]
+    own = next(row["value"] for row in here if row["model"] == student)
+    return all(own > row["value"] for row in here if row["model_kind"] == "teacher")

@@ -9,7 +9,8 @@ import pyarrow as pa
 from trainer.evaluation.scores import ALL, MEAN
 
 METRIC_TITLES = {"accuracy": "accuracy", "auc": "AUC (one against the rest, macro)", "f1": "F1 (macro)"}
-DIRECTIONS = {"image_to_text": "image to text", "text_to_image": "text to image"}
+DIRECTIONS = {"image_to_text": "I2T", "text_to_image": "T2I"}
+DIRECTION_WORDS = "I2T: image to text, T2I: text to image"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def sections(scores: pa.Table, metrics: tuple[str, ...] = ("accuracy", "auc")) -
         for modality, words in ((MEAN, "mean over modalities"), (ALL, "all modalities mixed")):
             chosen = {(r["model"], _recall_title(r["metric"])): r for r in recall if r["modality"] == modality}
             columns = list(dict.fromkeys(column for _, column in chosen))
-            found.append(_section(f"Retrieval, {words}, percent{suffix}", models, chosen, columns))
+            found.append(_section(f"Retrieval, {words}, percent{suffix} ({DIRECTION_WORDS})", models, chosen, columns))
     return [section for section in found if section.columns]
 
 
@@ -96,7 +97,7 @@ def _cell(row: dict, best: float) -> Cell:
 def format_table(scores: pa.Table, width: int = 120) -> str:
     """The comparison as aligned plain text; ``*`` marks the best of a column.
 
-    Intervals are shown for every figure if that fits into ``width`` characters, else for the last column alone.
+    Intervals are shown for every figure if that fits into ``width`` characters, else for the means alone.
     """
     return "\n\n".join(_format_section(section, width) for section in sections(scores))
 
@@ -109,16 +110,14 @@ def _format_section(section: Section, width: int) -> str:
 
 
 def _aligned(section: Section, intervals: bool) -> list[str]:
-    last = len(section.columns) - 1
-
-    def show(cell: Cell | None, position: int) -> str:
+    def show(cell: Cell | None, column: str) -> str:
         if cell is None:
             return "- "
-        return cell.text(intervals or position == last) + ("*" if cell.best else " ")
+        return cell.text(intervals or column == MEAN) + ("*" if cell.best else " ")
 
     grid = [["model", *(f"{column} " for column in section.columns)]]
     for model, row in zip(section.models, section.cells, strict=True):
-        grid.append([model, *(show(cell, position) for position, cell in enumerate(row))])
+        grid.append([model, *(show(cell, column) for cell, column in zip(row, section.columns, strict=True))])
     widths = [max(len(line[i]) for line in grid) for i in range(len(grid[0]))]
     texts = [
         line[0].ljust(widths[0]) + "".join("  " + text.rjust(w) for text, w in zip(line[1:], widths[1:], strict=True))

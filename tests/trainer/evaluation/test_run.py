@@ -41,7 +41,10 @@ def stock_embeddings(folder, samples, texts):
     model.eval()
     with torch.no_grad():
         pixels = torch.stack([preprocess(Image.open(io.BytesIO(sample.image)).convert("RGB")) for sample in samples])
-        images, captions = model.encode_image(pixels, normalize=True), model.encode_text(tokenizer(texts), normalize=True)
+        images, captions = (
+            model.encode_image(pixels, normalize=True),
+            model.encode_text(tokenizer(texts), normalize=True),
+        )
     return images.numpy(), captions.numpy(), float(model.logit_scale.detach().exp())
 
 
@@ -92,7 +95,13 @@ def test_scores_table_is_whole_and_written(small_lake, two_models):
     rows = result.scores.to_pylist()
     assert {row["model"] for row in rows} == {"first", "second"}
     assert {row["modality"] for row in rows if row["task"] == "zero_shot"} == {"x-ray", "fundus", "mean"}
-    assert {row["modality"] for row in rows if row["task"] == "retrieval"} == {"x-ray", "fundus", "specimen", "mean", "all"}
+    assert {row["modality"] for row in rows if row["task"] == "retrieval"} == {
+        "x-ray",
+        "fundus",
+        "specimen",
+        "mean",
+        "all",
+    }
     assert all(0 <= row["low"] <= row["high"] <= 1 and len(row["weights_sha256"]) == 64 for row in rows)
     mean = value(result.scores, model="first", task="zero_shot", modality="mean", metric="auc")
     parts = [
@@ -133,7 +142,9 @@ def test_a_picture_that_cannot_be_decoded_is_left_out(small_lake, two_models):
     table[0]["image"] = b"not a picture"
     import pyarrow as pa
 
-    small_lake.storage.write_table(f"pairs/{shard_name(0)}", pa.Table.from_pylist(table, schema=small_lake.read_pairs(0).schema))
+    small_lake.storage.write_table(
+        f"pairs/{shard_name(0)}", pa.Table.from_pylist(table, schema=small_lake.read_pairs(0).schema)
+    )
     scores = evaluate(small_lake.uri, two_models[:1], CONFIG).scores
     counts = {row["metric"]: row["n"] for row in scores.to_pylist() if row["modality"] == "all"}
     assert counts["image_to_text_recall@1"] == 47
@@ -175,8 +186,8 @@ def test_clear_errors(small_lake, two_models, model_folder, tmp_path):
         find_model("nobody", {})
     with pytest.raises(ModelError, match="not a model folder"):
         find_model(str(tmp_path), {})
-    (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
-    with pytest.raises(TrainError, match="no whole checkpoint"):
+    (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)  # killed before the first was whole
+    with pytest.raises(TrainError, match="no checkpoint at"):
         find_model(str(tmp_path / "run"), {})
 
 
@@ -196,7 +207,9 @@ def test_nothing_measurable_is_an_error(tmp_path, two_models, small_lake):
 
     lake = create_lake(str(tmp_path / "one"), shard_rows=10)
     rows = [row for row in small_lake.read_pairs(0).to_pylist() if row["split"] == "test"][:1]
-    lake.storage.write_table(f"pairs/{shard_name(0)}", pa.Table.from_pylist(rows, schema=small_lake.read_pairs(0).schema))
+    lake.storage.write_table(
+        f"pairs/{shard_name(0)}", pa.Table.from_pylist(rows, schema=small_lake.read_pairs(0).schema)
+    )
     with pytest.raises(EvaluateError, match="Nothing can be measured"):
         evaluate(lake.uri, two_models, CONFIG)
 
@@ -212,7 +225,7 @@ def test_tables_for_people(small_lake, two_models):
         assert all(cell.best == (cell.value == best) for cell in column_cells)
     text = format_table(scores, width=200)
     assert "Zero-shot accuracy, percent" in text
-    assert "image to text R@10" in text
+    assert "I2T R@10" in text
     assert all(len(line) <= 200 for line in text.splitlines())
     narrow = format_table(scores, width=60).split("\n\n")[0].splitlines()
     assert narrow[3].count("[") == 1  # only the mean keeps its interval

@@ -1,0 +1,25 @@
+"""Settings of the demo, one class; the steps it runs have their own classes in extractor and trainer."""
+
+from __future__ import annotations
+
+from pydantic import Field, PositiveInt
+
+from common.config import StrictModel
+
+
+class DemoConfig(StrictModel):
+    """How large the demo is. The defaults take about six minutes on two cores."""
+
+    seed: int = Field(0, description="Another seed draws other pictures and trains other models.")
+    image_size: PositiveInt = Field(64, description="Side of the drawn pictures and of all models, in pixels.")
+    train_pictures: PositiveInt = Field(700, description="Pairs per modality in the student's train split.")
+    val_pictures: PositiveInt = Field(64, description="Pairs per modality in val, which picks the best checkpoint.")
+    test_pictures: PositiveInt = Field(250, description="Pairs per modality in test, behind every number shown.")
+    teacher_pictures: PositiveInt = Field(1500, description="Pictures per modality that only its specialist sees.")
+    teacher_steps: PositiveInt = Field(250, description="Training steps of each specialist.")
+    teacher_batch: PositiveInt = Field(128, description="Pictures per step of a specialist.")
+    teacher_lr: float = Field(2e-3, gt=0, description="Peak learning rate of the specialists.")
+    student_batch: PositiveInt = Field(256, description="Pairs per step in both stages.")
+    stage1_epochs: PositiveInt = Field(15, description="Passes of stage 1.")
+    stage2_epochs: PositiveInt = Field(20, description="Passes of stage 2.")
+    student_lr: float = Field(2e-3, gt=0, description="Peak learning rate of both stages.")

@@ -1,0 +1,73 @@
+"""The end of the demo: the comparison, the exported student, the page, and plain words on where everything is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from common.lake import Lake
+from common.models.load import read_catalog
+from trainer.config import EvaluateConfig
+from trainer.evaluation.gallery import pictures_of
+from trainer.evaluation.models import find_model
+from trainer.evaluation.run import Evaluation, evaluate
+from trainer.evaluation.tables import format_table
+from trainer.export import export_checkpoint
+from trainer.report import ReportContent, write_report
+
+TERMS = ("total", "contrastive", "image_text", "image_image", "text_text")
+
+
+def evaluate_all(lake: Lake, models: Sequence[str], catalog: str | None, config: EvaluateConfig) -> Evaluation:
+    """Score every teacher and both students on the test split."""
+    known = read_catalog(catalog)
+    return evaluate(lake.uri, [find_model(reference, known) for reference in models], config)
+
+
+def export_and_report(lake: Lake, home: Path, checkpoint: str, evaluation: Evaluation, config: EvaluateConfig) -> None:
+    """Export the distilled student, write the page and print what a person wants to know now."""
+    student = export_checkpoint(checkpoint, str(home / "student"), lake=lake, scores=evaluation.scores, force=True)
+    gallery, embedding_map = pictures_of(lake.uri, find_model(f"student={student}", {}), config)
+    places = {
+        "the lake": lake.uri,
+        "teachers' embeddings": f"{lake.uri}/features/teacher=*/shard-*.parquet",
+        "the distilled student": student,
+        "scores": evaluation.uri,
+    }
+    content = ReportContent(
+        title="mmkd demo: many specialists, one student",
+        scores=evaluation.scores,
+        curves={run: read_metrics(lake, run) for run in ("stage1", "stage2")},
+        terms=TERMS,
+        gallery=gallery,
+        embedding_map=embedding_map,
+        notes=(
+            "Every model on this page was trained by this run, and every figure was measured by it, on the test split.",
+            "Of its own modalities each specialist saw more pictures, with cleaner captions, than the student's pairs.",
+        ),
+        places=places,
+        next_steps=NEXT_STEPS,
+    )
+    page = write_report(str(home), content)
+    typer.echo("\n" + format_table(evaluation.scores) + "\n")
+    for what, where in {**places, "the page": page}.items():
+        typer.echo(f"{what.ljust(24)} {where}")
+    typer.echo("\nWhat to try next:")
+    for line in NEXT_STEPS:
+        typer.echo(f"  {line}")
+
+
+NEXT_STEPS = (
+    "`mmkd demo --pairs YOUR.jsonl --lake other-lake` runs the same on pictures and captions of your own.",
+    "`mmkd ingest SOURCE LAKE` starts a lake of your own; `mmkd extract LAKE --teachers NAME,...` fills it.",
+    "`mmkd evaluate LAKE --models student=DIR` measures any model folder on any lake.",
+)
+
+
+def read_metrics(lake: Lake, run: str) -> list[dict[str, float]]:
+    """The metric rows of a run."""
+    lines = lake.storage.read_bytes(f"runs/{run}/metrics.jsonl").decode().splitlines()
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,65 @@
+"""Who teaches whom in the demo: the specialists, the student, and the settings of its two stages."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pyarrow.compute as pc
+import yaml
+
+from cluster.config import DemoConfig
+from cluster.demo.captions import zero_shot_prompts
+from cluster.demo.modalities import MODALITIES
+from cluster.demo.specialists import Specialist, write_model_folder
+from common.lake import Lake
+from trainer.config import DataConfig, DistillConfig, ModelConfig, OptimConfig, ScaleConfig, Stage1Config, Stage2Config
+
+SPECIALISTS = (
+    Specialist("chest", ("radiograph",), "resnet", 96, 16),
+    Specialist("sono", ("ultrasound",), "resnet", 64, 16),
+    Specialist("patho", ("histology",), "resnet", 128, 16),
+    Specialist("retina", ("fundus",), "resnet", 64, 16),
+)
+STUDENT = Specialist("student", (), "resnet", 96, 24)
+
+
+def specialist_for(modality: str, position: int) -> Specialist:
+    """A specialist for a modality of the user's own pairs."""
+    name = re.sub(r"[^a-z0-9]+", "-", modality.lower()).strip("-") or "unknown"
+    return Specialist(f"expert-{name}", (modality,), "resnet", (64, 96, 128)[position % 3], 16)
+
+
+def student_config(lake: Lake, home: Path, config: DemoConfig) -> tuple[Stage1Config, Stage2Config]:
+    """Write the student's empty model folder and give the settings of both stages."""
+    folder = home / "student-architecture"
+    captions: set[str] = set()
+    rows = 0
+    for index in lake.shards():
+        table = lake.read_pairs(index, ["captions", "split"])
+        train = table.filter(pc.equal(table["split"], "train"))
+        rows += train.num_rows
+        captions.update(pc.list_flatten(train["captions"]).to_pylist())
+    if not (folder / "open_clip_config.json").exists():
+        words = sorted(captions)
+        write_model_folder(folder, STUDENT.tower, STUDENT.embed_dim, STUDENT.width, config.image_size, words)
+    batch = min(config.student_batch, max(4, rows // 8 * 4))
+    optim = OptimConfig(lr=config.student_lr, warmup_steps=20, weight_decay=0.1)
+    data = DataConfig(batch_size=batch, lanes=4, crop_scale=0.8, seed=config.seed)
+    scale = ScaleConfig(checkpoint_every=100, log_every=5)
+    stage1 = Stage1Config(
+        model=ModelConfig(architecture=str(folder)), optim=optim, data=data, scale=scale, epochs=config.stage1_epochs
+    )
+    stage2 = Stage2Config(distill=DistillConfig(), optim=optim, data=data, scale=scale, epochs=config.stage2_epochs)
+    return stage1, stage2
+
+
+def write_templates(home: Path) -> str:
+    """The drawn corpus's own zero-shot prompts as a file that ``mmkd evaluate --templates`` reads."""
+    entries = [
+        {"names": [modality], "templates": ["{label}"], "labels": zero_shot_prompts(modality)}
+        for modality in MODALITIES
+    ]
+    file = home / "prompts.yaml"
+    file.write_text(yaml.safe_dump({"general": ["{label}"], "modalities": entries}, sort_keys=False))
+    return str(file)

@@ -1,0 +1,192 @@
+"""Ingest: any source becomes the pairs of a lake, in two steps that both pick up where they were killed.
+
+1. *Stage.* Each part of the source is one task: read it, check every picture in a sandbox, and write staged files
+   below ``ingest/<id>/``; the part's JSON comes last and means done.
+2. *Commit.* The driver drops exact duplicates, for which it reads 16 bytes per row and never a picture, and plans
+   shards in source order; each shard is one task that copies staged rows and writes one file.
+   ``ingests/<id>.json`` comes last and means that the ingest is part of the lake; then the staged files are removed.
+
+``<id>`` is a fingerprint of the source files (name, size, last change) and of the settings, so the same ingest run
+again does nothing. Another source begins a new shard: shards that are there are never rewritten, because embeddings
+may lie beside them. One ingest at a time may run on a lake.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from common.config import fingerprint
+from common.errors import SourceError
+from common.lake import Lake, create_lake, now
+from common.logs import Progress, duration, logger
+from common.schemas import SCHEMA_VERSION
+from extractor.commit import Committed, commit, manifest_name
+from extractor.config import DecodeLimits, IngestConfig
+from extractor.sources import plan_sources
+from extractor.sources.addresses import absolute, identity_of, shown
+from extractor.sources.record import Part
+from extractor.staging import StagedPart, rejects_name, stage_part, staging_folder
+from extractor.tasks import run_tasks
+
+READ_THREADS = 16
+
+
+@dataclass
+class IngestReport:
+    """What an ingest did; ``input = pairs + rejects + duplicates + filtered``."""
+
+    ingest_id: str
+    input: int = 0
+    pairs: int = 0
+    rejects: int = 0
+    duplicates: int = 0
+    filtered: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    modalities: Counter[str] = field(default_factory=Counter)
+    splits: Counter[str] = field(default_factory=Counter)
+    first_shard: int = 0
+    shards: int = 0
+    seconds: float = 0.0
+    already_done: bool = False
+    """Nothing was done: this very ingest is in the lake; the counts are those of then."""
+
+
+def ingest(source: str | list[str], lake_uri: str, config: IngestConfig, limits: DecodeLimits) -> IngestReport:
+    """Bring one or more sources into a lake, creating it if need be. Ray must be initialised.
+
+    Raises:
+        SourceError: A source is absent, lacks a column, or gives not one usable pair.
+        LakeError: The lake has another shard size or schema version.
+        StorageError: An address cannot be reached.
+    """
+    started = time.monotonic()
+    sources = [source] if isinstance(source, str) else list(source)
+    parts = plan_sources(sources, config)
+    identity = describe(parts, config, limits)
+    ingest_id = fingerprint(identity)
+    lake = create_lake(absolute(lake_uri), config.shard_rows)
+    earlier = find_earlier(lake, ingest_id)
+    if earlier is not None:
+        return earlier
+    staged = stage(lake, ingest_id, parts, config, limits)
+    insist_on_pairs(lake, ingest_id, sources, staged)
+    report = summarise(ingest_id, staged, commit(lake, ingest_id, staged, config.shard_rows))
+    report.seconds = time.monotonic() - started
+    record = {**vars(report), "sources": [shown(uri) for uri in sources], "fingerprint": identity}
+    lake.storage.write_json(manifest_name(ingest_id), {**record, "created_at": now()})
+    lake.storage.remove(staging_folder(ingest_id))
+    log_report(report)
+    return report
+
+
+def describe(parts: list[Part], config: IngestConfig, limits: DecodeLimits) -> dict[str, Any]:
+    """Everything that determines what an ingest makes, as JSON-able values."""
+    files = list(dict.fromkeys((part.kind, part.uri) for part in parts))
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        identities = list(pool.map(lambda file: [file[0], *identity_of(file[1])], files))
+    return {
+        "files": identities,
+        "config": config.model_dump(mode="json"),
+        "limits": limits.model_dump(mode="json"),
+        "schema_version": SCHEMA_VERSION,
+    }
+
+
+def find_earlier(lake: Lake, ingest_id: str) -> IngestReport | None:
+    """The report of this very ingest if it is in the lake; what it left of its staged files is removed."""
+    try:
+        found = lake.storage.read_json(manifest_name(ingest_id))
+    except FileNotFoundError:
+        return None
+    lake.storage.remove(staging_folder(ingest_id))
+    names = IngestReport.__dataclass_fields__
+    report = IngestReport(**{name: value for name, value in found.items() if name in names})
+    report.reasons, report.modalities, report.splits = map(Counter, (report.reasons, report.modalities, report.splits))
+    report.already_done = True
+    logger.info(
+        "ingest: nothing to do, this source is in the lake since %s (%d pairs in %d shards). If its pictures changed "
+        "since, touch the source file and run again: only rows that are new will be added.",
+        *(found["created_at"], report.pairs, report.shards),
+    )
+    return report
+
+
+def stage(
+    lake: Lake, ingest_id: str, parts: list[Part], config: IngestConfig, limits: DecodeLimits
+) -> list[StagedPart]:
+    """Stage the parts that are not staged yet; returns what all parts hold, in order."""
+    names = set(lake.storage.list_files(staging_folder(ingest_id), ".json"))
+    there = [index for index in range(len(parts)) if StagedPart.file_name(index) in names]
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        found = pool.map(lambda index: StagedPart.load(lake, ingest_id, index), there)
+        done = dict(zip(there, found, strict=True))
+    if there:
+        logger.info("ingest: going on after %d of %d parts", len(there), len(parts))
+    todo = [index for index in range(len(parts)) if index not in done]
+    progress = Progress("ingest: reading and checking", len(parts), "parts")
+    progress.advance(len(there))
+    items = [{"index": index, "part": asdict(parts[index])} for index in todo]
+    rows = sum(part.records for part in done.values())
+    for number, answer in run_tasks(items, _stage_item, lake, ingest_id, config, limits):
+        part = done[todo[number]] = StagedPart.from_json(answer)
+        rows += part.records
+        progress.advance(1, f"{rows} rows")
+    return [done[index] for index in range(len(parts))]
+
+
+def _stage_item(item: dict[str, Any], lake: Lake, ingest_id: str, config: IngestConfig, limits: DecodeLimits) -> Any:
+    return vars(stage_part(lake, ingest_id, item["index"], Part.from_json(item["part"]), config, limits))
+
+
+def insist_on_pairs(lake: Lake, ingest_id: str, sources: list[str], staged: list[StagedPart]) -> None:
+    """Refuse a source of which nothing is usable; its staged files are removed, so that a mended one is read anew.
+
+    Raises:
+        SourceError: Says what the rows were rejected for, with an example.
+    """
+    if any(part.rows for part in staged):
+        return
+    total, filtered = sum(part.records for part in staged), sum(part.filtered for part in staged)
+    reasons = sum((part.reasons for part in staged), Counter[str]())
+    example = ""
+    for index, part in enumerate(staged):
+        if part.rejected:
+            row = lake.storage.read_table(rejects_name(ingest_id, index)).slice(0, 1).to_pylist()[0]
+            example = f" The first: {row['source_key']}: {row['reason']} ({row['detail']})."
+            break
+    lake.storage.remove(staging_folder(ingest_id))
+    listing = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(5)) or "none"
+    raise SourceError(
+        f"{', '.join(map(shown, sources))} gives not one usable pair: {total} rows read, {filtered} filtered out, "
+        f"{sum(reasons.values())} rejected ({listing}).{example} Check the image paths (relative to the table's "
+        "folder), the column names (--image-column, --caption-column), and the filters."
+    )
+
+
+def summarise(ingest_id: str, staged: list[StagedPart], committed: Committed) -> IngestReport:
+    """Account for every input row."""
+    report = IngestReport(ingest_id, **vars(committed))
+    report.input = sum(part.records for part in staged)
+    report.rejects = sum(part.rejected for part in staged)
+    report.filtered = sum(part.filtered for part in staged)
+    report.reasons = sum((part.reasons for part in staged), Counter[str]())
+    total = report.pairs + report.rejects + report.duplicates + report.filtered
+    assert report.input == total, f"{report.input} rows came in and {total} are accounted for: {report}"
+    assert report.rejects == sum(report.reasons.values()), f"a reject has no reason: {report}"
+    return report
+
+
+def log_report(report: IngestReport) -> None:
+    """Say what came of every input row."""
+    logger.info(
+        "ingest: %d rows in = %d pairs + %d rejects + %d duplicates + %d filtered; %d shards; %s (%.0f rows/s)",
+        *(report.input, report.pairs, report.rejects, report.duplicates, report.filtered, report.shards),
+        *(duration(report.seconds), report.input / max(report.seconds, 1e-9)),
+    )
+    for what, counts in (("rejects", report.reasons), ("modalities", report.modalities), ("splits", report.splits)):
+        if counts:
+            logger.info("ingest: %s: %s", what, ", ".join(f"{name} {count}" for name, count in counts.most_common(8)))

@@ -1,0 +1,55 @@
+"""Where pairs come from. A kind of source is a module with two functions, and a line in the table below.
+
+``parts(uri, config) -> list[Part]`` plans the reading of one file, cheaply, in the driver.
+``read(part, config, limits) -> Iterator[Record]`` reads one part, in a worker, in bounded memory; whatever is wrong
+with one row becomes that row's reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+from common.errors import SourceError
+from extractor.config import DecodeLimits, IngestConfig
+from extractor.sources.addresses import EXTENSIONS, find_files, kind_of
+from extractor.sources.record import Part, Record
+
+SOURCES = {  # kind -> module with parts() and read()
+    "webdataset": "extractor.sources.webdataset",
+    "jsonl": "extractor.sources.jsonl",
+    "csv": "extractor.sources.delimited",
+    "parquet": "extractor.sources.parquet",
+}
+
+
+def plan_sources(sources: list[str], config: IngestConfig) -> list[Part]:
+    """Parts of all sources in the given order; within a folder or pattern, in the order of names.
+
+    Raises:
+        SourceError: A source is absent, of no known kind, empty, or lacks a column.
+        StorageError: A source's storage cannot be reached.
+    """
+    files = [file for source in sources for file in find_files(source, config.format)]
+    return [part for file in files for part in _module(_kind(file, config)).parts(file, config)]
+
+
+def read_part(part: Part, config: IngestConfig, limits: DecodeLimits) -> Iterator[Record]:
+    """The records of one part, in order."""
+    return iter(_module(part.kind).read(part, config, limits))
+
+
+def _kind(uri: str, config: IngestConfig) -> str:
+    kind = kind_of(uri) if config.format == "auto" else config.format
+    if kind is None:
+        endings = ", ".join(ending for endings in EXTENSIONS.values() for ending in endings)
+        raise SourceError(
+            f"The extension of {uri} does not tell what it is (known: {endings}). "
+            f"Name its kind with --format: {', '.join(SOURCES)}."
+        )
+    return kind
+
+
+def _module(kind: str) -> Any:
+    return importlib.import_module(SOURCES[kind])

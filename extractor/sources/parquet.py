@@ -1,0 +1,68 @@
+"""Parquet with image bytes, ``{bytes, path}`` structs (the layout of hub data sets) or image paths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from common.errors import SourceError
+from common.storage import Storage
+from extractor.config import DecodeLimits, IngestConfig
+from extractor.sources.addresses import base_name
+from extractor.sources.columns import choose_columns, record_of
+from extractor.sources.lines import ROWS_PER_PART
+from extractor.sources.record import Part, Record
+
+BATCH_ROWS = 32
+"""Rows in memory at once, beside what the Parquet reader buffers."""
+
+
+def parts(uri: str, config: IngestConfig) -> list[Part]:
+    """Plan one part per row group, or per several small ones; reads only the footer.
+
+    Raises:
+        SourceError: The file is not Parquet, or a column is missing.
+    """
+    storage = Storage(uri)
+    storage.exists()  # says in plain words what is wrong with the storage, if anything
+    try:
+        with storage.fs.open(storage.path(), "rb") as stream:
+            footer = pq.read_metadata(stream)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise SourceError(f"{uri} cannot be read as Parquet: {error}. Check that it was copied whole.") from error
+    columns = choose_columns(footer.schema.to_arrow_schema().names, config, uri)
+    found: list[Part] = []
+    begin = first = rows = 0
+    for group in range(footer.num_row_groups):
+        rows += footer.row_group(group).num_rows
+        if rows >= ROWS_PER_PART or group == footer.num_row_groups - 1:
+            found.append(Part("parquet", uri, base_name(uri), begin, group + 1, first, columns))
+            begin, first, rows = group + 1, first + rows, 0
+    return found
+
+
+def read(part: Part, config: IngestConfig, limits: DecodeLimits) -> Iterator[Record]:
+    """Each row of a part as a record; a damaged page ends the part with one record that says so."""
+    assert part.columns is not None, "tables are planned with their columns"
+    assert part.end is not None, "Parquet is planned by row groups"
+    storage = Storage(part.uri)
+    number = part.first_row
+    with storage.fs.open(storage.path(), "rb") as stream:
+        # No pre-buffering: it would hold a whole row group of pictures in memory.
+        file = pq.ParquetFile(stream, pre_buffer=False)
+        groups = range(part.begin, part.end)
+        batches = file.iter_batches(BATCH_ROWS, row_groups=groups, columns=list(dict.fromkeys(part.columns.names())))
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pa.ArrowInvalid, OSError) as error:
+                detail = f"from row {number + 1} on: {error}"
+                yield Record(f"{part.name}/#{number}", reason="damaged parquet", detail=detail)
+                return
+            if batch is None:
+                return
+            for row in batch.to_pylist():
+                yield record_of(row, part, number, config, limits)
+                number += 1

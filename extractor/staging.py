@@ -1,0 +1,169 @@
+"""The first half of ingest: one part of a source becomes staged files, its pictures checked in a sandbox."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from common.lake import Lake
+from common.sandbox import SandboxedDecoder
+from common.schemas import PAIRS, REJECTS
+from common.seeding import rng
+from extractor.config import DecodeLimits, IngestConfig
+from extractor.sources import read_part
+from extractor.sources.addresses import short_name
+from extractor.sources.record import Part, Record
+
+DIGEST_BYTES = 16
+STAGED = PAIRS.append(pa.field("digest", pa.binary(DIGEST_BYTES), nullable=False))
+"""Pairs plus the digest of (image sha256, captions) by which exact duplicates are found."""
+FILE_ROWS = 1024
+FILE_BYTES = 64 << 20
+"""A staged file is closed at either, so that a tar of any size passes through bounded memory."""
+MAX_DETAIL_CHARS = 500
+
+
+@dataclass
+class StagedPart:
+    """What a part became; its JSON is written last and means that the part is done."""
+
+    rows: list[int] = field(default_factory=list)
+    """Rows of each staged file, in order."""
+    rejected: int = 0
+    filtered: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def records(self) -> int:
+        """Rows of the source that were read."""
+        return sum(self.rows) + self.rejected + self.filtered
+
+    @staticmethod
+    def file_name(part: int) -> str:
+        """Base name of the JSON of a part."""
+        return f"part-{part:06d}.json"
+
+    @classmethod
+    def load(cls, lake: Lake, ingest_id: str, part: int) -> StagedPart:
+        """What a part holds that was staged before."""
+        return cls.from_json(lake.storage.read_json(f"{staging_folder(ingest_id)}/{cls.file_name(part)}"))
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> StagedPart:
+        """The inverse of ``vars``, also after a journey through JSON."""
+        return cls(**{**value, "reasons": Counter(value["reasons"])})
+
+
+def staging_folder(ingest_id: str) -> str:
+    """Where an unfinished ingest keeps its files, relative to the lake."""
+    return f"ingest/{ingest_id}"
+
+
+def staged_name(ingest_id: str, part: int, file: int) -> str:
+    """Name of a staged file of pairs, relative to the lake."""
+    return f"{staging_folder(ingest_id)}/part-{part:06d}-{file:04d}.parquet"
+
+
+def rejects_name(ingest_id: str, part: int) -> str:
+    """Name of a part's staged rejects, relative to the lake; absent if there are none."""
+    return f"{staging_folder(ingest_id)}/part-{part:06d}.rejects.parquet"
+
+
+def stage_part(
+    lake: Lake, ingest_id: str, index: int, part: Part, config: IngestConfig, limits: DecodeLimits
+) -> StagedPart:
+    """Read one part, check its pictures, and write its staged files; the same input gives the same files.
+
+    Raises:
+        StorageError: The source or the lake cannot be reached.
+    """
+    done = StagedPart()
+    seen = 0
+    pairs: list[dict[str, Any]] = []
+    rejects: list[dict[str, Any]] = []
+    size = 0
+
+    def flush() -> None:
+        nonlocal size
+        table = pa.Table.from_pylist(pairs, schema=STAGED)
+        lake.storage.write_table(staged_name(ingest_id, index, len(done.rows)), table)
+        done.rows.append(table.num_rows)
+        pairs.clear()
+        size = 0
+
+    with SandboxedDecoder(limits.max_pixels, limits.max_seconds, limits.max_memory_mib, config.max_side) as decoder:
+        for record in read_part(part, config, limits):
+            seen += 1
+            if record.filtered:
+                done.filtered += 1
+                continue
+            row, is_pair = judge(record, part, config, decoder)
+            if is_pair:
+                pairs.append(row)
+                size += len(row["image"])
+                if len(pairs) >= FILE_ROWS or size >= FILE_BYTES:
+                    flush()
+            else:
+                rejects.append(row)
+                done.reasons[row["reason"]] += 1
+    if pairs:
+        flush()
+    if rejects:
+        lake.storage.write_table(rejects_name(ingest_id, index), pa.Table.from_pylist(rejects, schema=REJECTS))
+    done.rejected = len(rejects)
+    assert done.records == seen, f"{seen} records were read, {done.records} are accounted for"
+    lake.storage.write_json(f"{staging_folder(ingest_id)}/{done.file_name(index)}", vars(done))
+    return done
+
+
+def judge(record: Record, part: Part, config: IngestConfig, decoder: SandboxedDecoder) -> tuple[dict[str, Any], bool]:
+    """A record as a row of ``STAGED`` (second value true) or of ``REJECTS`` (false)."""
+    source = short_name(part.uri)
+    sha256 = hashlib.sha256(record.image).hexdigest() if record.image else None
+    reason, detail = record.reason, record.detail
+    if reason is None:
+        verdict = decoder.check(record.image)
+        reason, detail = verdict.reason, verdict.detail
+        if verdict.ok and verdict.contrast < config.min_contrast:
+            reason = "blank picture"
+            detail = f"its 8-bit values differ by {verdict.contrast} at most; min_contrast is {config.min_contrast}"
+    if reason is not None or sha256 is None:
+        row = {"sample_id": None, "source": source, "source_key": record.source_key, "stage": "ingest"}
+        return {**row, "reason": reason, "detail": detail[:MAX_DETAIL_CHARS], "sha256": sha256}, False
+    return {
+        "sample_id": sample_id(record.source_key, sha256, record.captions),
+        "image": verdict.reencoded or record.image,
+        "captions": list(record.captions),
+        "modality": record.modality,
+        "label": record.label,
+        "source": source,
+        "source_key": record.source_key,
+        "license": record.license,
+        "width": verdict.width,
+        "height": verdict.height,
+        "sha256": sha256,
+        "split": record.split or split_of(sha256, config),
+        "digest": content_digest(sha256, record.captions),
+    }, True
+
+
+def sample_id(source_key: str, sha256: str, captions: tuple[str, ...]) -> str:
+    """A sample's name by ``common.lake.ID_RULE``."""
+    return hashlib.sha256("\0".join((source_key, sha256, *captions)).encode()).hexdigest()[:32]
+
+
+def content_digest(sha256: str, captions: tuple[str, ...]) -> bytes:
+    """Equal exactly for exact duplicates: the same image bytes and the same captions."""
+    return hashlib.sha256("\0".join((sha256, *captions)).encode()).digest()[:DIGEST_BYTES]
+
+
+def split_of(sha256: str, config: IngestConfig) -> str:
+    """The split of a picture whose source names none; by its content, so that copies never straddle splits."""
+    draw = rng("split", sha256).random()
+    if draw < config.test_fraction:
+        return "test"
+    return "val" if draw < config.test_fraction + config.val_fraction else "train"

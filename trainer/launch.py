@@ -1,0 +1,233 @@
+"""From a lake and a configuration to a finished run: check, record, hand over to Ray Train, collect the result."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.fs
+import ray
+
+from common import errors
+from common.config import fingerprint
+from common.errors import ClusterError, TrainError
+from common.lake import Lake, check_same_samples, claim_partition, shard_name
+from common.logs import logger
+from common.seeding import rng
+from common.storage import Storage
+from trainer.architecture import Architecture
+from trainer.config import DataConfig, ScaleConfig, Stage1Config, Stage2Config
+from trainer.data import TrainData, selection_folder
+from trainer.order import Order
+from trainer.record import RESULT, Job
+
+VALIDATION_ROWS = 512
+ERROR = "error.json"
+RUN = "run.json"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run left."""
+
+    run: str
+    checkpoint: str
+    """Address of the best checkpoint (the newest where the lake has no val rows)."""
+    last: str
+    """Address of the last checkpoint."""
+    steps: int
+    metrics: dict[str, Any]
+    """The last metric row."""
+
+
+@dataclass(frozen=True)
+class LakeRows:
+    """Which rows of a lake a run uses."""
+
+    shards: tuple[int, ...]
+    train: tuple[np.ndarray, ...]
+    """For each shard, the rows to train on."""
+    validation: np.ndarray
+    """Places of the rows to validate on."""
+    identity: str
+    """Depends on every sample id and on which rows are trained on."""
+
+
+def find_rows(lake: Lake, teachers: tuple[str, ...], selection: str | None, seed: int) -> LakeRows:
+    """Read the small columns of all shards: train rows (with teachers, those any may speak for) and val rows."""
+
+    def scan(shard: int) -> tuple[np.ndarray, np.ndarray, str]:
+        pairs = lake.read_pairs(shard, ["sample_id", "split"])
+        split = pairs["split"].to_numpy()
+        wanted = split == "train"
+        if teachers:
+            wanted &= np.any([_admitted(lake, str(selection), name, shard, pairs) for name in teachers], axis=0)
+        rows = np.flatnonzero(wanted).astype(np.int32)
+        return rows, np.flatnonzero(split == "val"), fingerprint([pairs["sample_id"].to_pylist(), rows.tolist()])
+
+    shards = lake.shards()
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(scan, shards))
+    validation = [(shard << 32) + rows for shard, (_, rows, _) in zip(shards, found, strict=True)]
+    return LakeRows(
+        shards=tuple(shards),
+        train=tuple(rows for rows, _, _ in found),
+        validation=_validation_sample(validation, seed),
+        identity=fingerprint([digest for _, _, digest in found]),
+    )
+
+
+def _admitted(lake: Lake, selection: str, teacher: str, shard: int, pairs: Any) -> np.ndarray:
+    name = f"{selection_folder(selection, teacher)}/{shard_name(shard)}"
+    table = lake.storage.read_table(name, ["sample_id", "admitted"])
+    check_same_samples(table, pairs, f"{lake.uri}/{name}")
+    return np.asarray(table["admitted"].to_numpy())
+
+
+def _validation_sample(places_by_shard: list[np.ndarray], seed: int) -> np.ndarray:
+    """A fixed few hundred val rows from as few shards as hold them: each shard costs a read."""
+    chosen: list[np.ndarray] = []
+    for index in rng(seed, "validation").permutation(len(places_by_shard)):
+        chosen.append(places_by_shard[index])
+        if sum(map(len, chosen)) >= VALIDATION_ROWS:
+            break
+    return np.concatenate(chosen)[:VALIDATION_ROWS]
+
+
+def build_order(rows: LakeRows, config: DataConfig, lake: Lake) -> Order:
+    """The sample order of a run.
+
+    Raises:
+        TrainError: There are fewer samples than one batch.
+    """
+    order = Order(rows.shards, rows.train, config.batch_size, config.lanes, config.shuffle_shards, config.seed)
+    if order.steps_per_epoch == 0:
+        raise TrainError(
+            f"{lake.uri} has {order.eligible} samples to train on, fewer than one batch of {config.batch_size}. "
+            f"Lower data.batch_size (--set data.batch_size=N, a multiple of data.lanes={config.lanes}), ingest more, "
+            "or, in stage 2, loosen the selection."
+        )
+    return order
+
+
+def check_cluster(scale: ScaleConfig, data: DataConfig) -> bool:
+    """Decide whether to use GPUs, and insist that the cluster can hold the workers beside one decode task.
+
+    Raises:
+        ClusterError: It cannot; says what is there and what is needed.
+        TrainError: The lanes cannot be dealt to the workers evenly.
+    """
+    if data.lanes % scale.workers:
+        raise TrainError(
+            f"data.lanes={data.lanes} is not a multiple of scale.workers={scale.workers}, so the lanes cannot be dealt "
+            "evenly. Choose lanes once, as a multiple of every number of workers you may use."
+        )
+    have = ray.cluster_resources()
+    cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
+    wanted = scale.use_gpu if scale.use_gpu is not None else gpus >= scale.workers
+    needed = scale.workers * scale.cpus_per_worker + 1
+    if needed > cpus:
+        raise ClusterError(
+            f"{scale.workers} workers with {scale.cpus_per_worker:g} CPUs each and one decode task need {needed:g} "
+            f"CPUs, and the cluster has {cpus:g}. Lower scale.workers or scale.cpus_per_worker, or start Ray with more CPUs."
+        )
+    if wanted and scale.workers > gpus:
+        raise ClusterError(
+            f"{scale.workers} workers need a GPU each and the cluster has {gpus:g}. Lower scale.workers or set "
+            "scale.use_gpu=false."
+        )
+    return wanted
+
+
+def run_identity(
+    stage: str, config: Stage1Config | Stage2Config, rows: LakeRows, architecture: Architecture, **facts: Any
+) -> dict[str, Any]:
+    """Everything that determines what a run computes; how it is spread over machines is left out."""
+    settings = config.model_dump(mode="json", exclude={"scale": True, "data": {"tasks"}})
+    student = fingerprint(architecture.identity)
+    return {"stage": stage, "config": settings, "data": rows.identity, "student": student, **facts}
+
+
+def launch(lake: Lake, run: str, job: Job, data: TrainData, gpu: bool) -> TrainResult:
+    """Run a job to its end, or go on with it; a finished one is only reported. Ray must be initialised.
+
+    Raises:
+        FingerprintError: The name belongs to a run of another configuration or on other data.
+        MmkdError: What the workers found wrong.
+    """
+    storage = Storage(job.run_uri)
+    claim_partition(
+        storage, RUN, job.identity, f"Choose another --run name, or delete runs/{run} to start it afresh.", {"run": run}
+    )
+    if storage.exists(RESULT):
+        logger.info("%s: run %s is finished; nothing to do", job.stage, run)
+        return read_result(storage, run)
+    storage.remove(ERROR)
+    logger.info(
+        "%s: run %s, %d samples, %d steps in %d epochs, %d worker(s) on %s",
+        job.stage,
+        run,
+        data.order.eligible,
+        job.total_steps,
+        job.total_steps // data.order.steps_per_epoch,
+        job.scale.workers,
+        "GPU" if gpu else "CPU",
+    )
+    fit(lake, run, job, data, gpu)
+    if storage.exists(ERROR):
+        error = storage.read_json(ERROR)
+        raise errors.__dict__[error["kind"]](error["message"])
+    return read_result(storage, run)
+
+
+def fit(lake: Lake, run: str, job: Job, data: TrainData, gpu: bool) -> None:
+    """Hand the job to Ray Train.
+
+    Raises:
+        TrainError: Workers were lost more often than allowed.
+    """
+    # How often Ray Train looks after its workers, which paces both start-up and reports; its own default is 2 s.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from trainer.worker import train_worker
+
+    resources = {"CPU": job.scale.cpus_per_worker, **({"GPU": 1.0} if gpu else {})}
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": ray.put(job), "data": ray.put(data)},
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=job.scale.workers, use_gpu=gpu, resources_per_worker=resources),
+        run_config=RunConfig(
+            # A fresh name each time: resuming is by our own checkpoints, and Ray Train resumes equal names by its own.
+            name=f"{run}-{uuid.uuid4().hex[:8]}",
+            storage_path=lake.storage.path(f"runs/{run}/ray"),
+            storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(lake.storage.fs)),
+            failure_config=FailureConfig(max_failures=job.scale.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        if not Storage(job.run_uri).exists(ERROR):
+            raise TrainError(
+                f"Run {run} lost its workers more than {job.scale.max_failures} times: {str(error)[-800:]} "
+                "Start the same command again to go on from the last checkpoint."
+            ) from error
+
+
+def read_result(storage: Storage, run: str) -> TrainResult:
+    """The result of a finished run."""
+    found = storage.read_json(RESULT)
+    return TrainResult(
+        run=run,
+        checkpoint=storage.child(found["checkpoint"]).uri,
+        last=storage.child(found["last"]).uri,
+        steps=found["steps"],
+        metrics=found["metrics"],
+    )

@@ -1,0 +1,170 @@
+"""What a run leaves behind: metric rows, validation, checkpoints and the result, written by the first worker."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from common.config import fingerprint
+from common.lake import now
+from common.logs import Progress, logger
+from common.storage import Storage
+from trainer.checkpoint import (
+    FOLDER,
+    MODEL,
+    OBJECTIVE,
+    OPTIMIZER,
+    Checkpoint,
+    best_checkpoint,
+    prune,
+    record_best,
+    save_checkpoint,
+    step_name,
+)
+from trainer.config import OptimConfig, ScaleConfig
+from trainer.data import Batch, TrainData, validation_batches
+from trainer.loop import StepReport, validation_loss
+from trainer.objectives import Objective
+from trainer.optim import load_optimizer_tensors, optimizer_tensors
+from trainer.student import Student
+
+METRICS = "metrics.jsonl"
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, as the driver hands it to the workers beside its :class:`TrainData`."""
+
+    stage: str
+    run_uri: str
+    optim: OptimConfig
+    scale: ScaleConfig
+    tasks: int
+    total_steps: int
+    objective: Callable[[], Objective]
+    start: Callable[[Student], None]
+    """Fills in the first weights; not called when the run goes on from a checkpoint."""
+    validation_places: np.ndarray
+    identity: dict[str, Any]
+    """What the run is, as in run.json; goes into every checkpoint."""
+
+
+class Parts(NamedTuple):
+    """What learns, and what makes it learn."""
+
+    student: Student
+    objective: Objective
+    optimizer: torch.optim.AdamW
+
+
+def restore(parts: Parts, checkpoint: Checkpoint) -> None:
+    """Put weights, learned scalars and the optimizer's state back as they were after the checkpoint's step."""
+    parts.student.load_tensors(checkpoint.tensors(MODEL), checkpoint.uri)
+    parts.objective.load_state_dict(checkpoint.tensors(OBJECTIVE), strict=True)
+    load_optimizer_tensors(parts.optimizer, checkpoint.tensors(OPTIMIZER))
+
+
+class Recorder:
+    """Keeps the account of a run; only the first worker has one."""
+
+    def __init__(self, run: Storage, job: Job, data: TrainData, parts: Parts, first_step: int) -> None:
+        self.run, self.job, self.data, self.parts = run, job, data, parts
+        # Rows of steps after the checkpoint are written again, by the same steps done again.
+        self.rows = [row for row in read_metrics(run) if row["step"] <= first_step]
+        self.progress = Progress(job.stage, job.total_steps - first_step, "steps")
+        self.seconds = self.waited = 0.0
+        self.samples = 0
+        self.validation: list[Batch] = []
+
+    def add(self, report: StepReport, places: np.ndarray | None, saves: bool) -> None:
+        """Account for one step; with ``places``, the global batch's, as a metric row; save if asked."""
+        self.seconds += report.seconds
+        self.waited += report.wait_seconds
+        self.samples += self.data.order.batch_size
+        self.progress.advance(1, f"loss {report.terms['total']:.3f}")
+        if places is not None:
+            self.rows.append(self._row(report, places))
+        if saves:
+            self._save(report)
+
+    def _row(self, report: StepReport, places: np.ndarray) -> dict[str, Any]:
+        row = {
+            "step": report.step,
+            "epoch": report.epoch,
+            **report.terms,
+            "lr": report.lr,
+            "grad_norm": report.grad_norm,
+            "skipped": report.skipped,
+            "samples_per_s": self.samples / max(self.seconds, 1e-9),
+            "data_wait": self.waited / max(self.seconds, 1e-9),
+            "batch": fingerprint(places.tolist()),
+        }
+        self.seconds, self.waited, self.samples = 0.0, 0.0, 0
+        return row
+
+    def _save(self, report: StepReport) -> None:
+        row = self.rows[-1]
+        if len(self.job.validation_places):
+            self.validation = self.validation or list(validation_batches(self.data, self.job.validation_places))
+            row["validation"] = validation_loss(
+                self.validation, self.parts.student, float(self.parts.objective.scale().detach())
+            )
+        tensors = {
+            MODEL: self.parts.student.tensors(float(self.parts.objective.scale.log.detach())),
+            OBJECTIVE: {name: value.detach().cpu() for name, value in self.parts.objective.state_dict().items()},
+            OPTIMIZER: optimizer_tensors(self.parts.optimizer),
+        }
+        state = {
+            "step": report.step,
+            "total_steps": self.job.total_steps,
+            "epoch": report.epoch,
+            "step_in_epoch": report.step % self.data.order.steps_per_epoch,
+            "stage": self.job.stage,
+            "identity": self.job.identity,
+            "metrics": row,
+            # Order, crops, caption draws and dropout are functions of these, so there is no generator to save.
+            "randomness": {"seed": self.data.order.seed, "keys": "purpose, epoch or step, sample or position"},
+            "created_at": now(),
+        }
+        save_checkpoint(self.run, report.step, tensors, state, self.data.architecture)
+        if "validation" in row:
+            record_best(self.run, report.step, row["validation"])
+        prune(self.run, self.job.scale.keep_checkpoints)
+        self._write_metrics()
+
+    def _write_metrics(self) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        self.run.write_bytes(METRICS, text.encode())
+
+    def finish(self) -> None:
+        """Write the metrics and, last, the result: its presence means the run is done."""
+        self.progress.say()
+        best = best_checkpoint(self.run)
+        if best is None:
+            logger.info("%s: no validation rows, so the newest checkpoint counts as the best", self.job.stage)
+        last = step_name(self.job.total_steps)
+        self.run.write_json(
+            RESULT,
+            {
+                "checkpoint": f"{FOLDER}/{last if best is None else step_name(best.step)}",
+                "last": f"{FOLDER}/{last}",
+                "steps": self.job.total_steps,
+                "metrics": self.rows[-1],
+                "finished_at": now(),
+            },
+        )
+
+
+def read_metrics(run: Storage) -> Iterator[dict[str, Any]]:
+    """The metric rows of a run, oldest first; none if it has not saved yet."""
+    try:
+        text = run.read_bytes(METRICS).decode()
+    except FileNotFoundError:
+        return
+    yield from (json.loads(line) for line in text.splitlines())

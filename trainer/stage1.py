@@ -1,0 +1,52 @@
+"""Stage 1: contrastive pre-training of the student on the pairs."""
+
+from __future__ import annotations
+
+import functools
+
+from common.lake import open_lake
+from trainer.architecture import resolve_architecture
+from trainer.config import ModelConfig, Stage1Config
+from trainer.data import TrainData
+from trainer.launch import TrainResult, build_order, check_cluster, find_rows, launch, run_identity
+from trainer.objectives import ContrastiveObjective
+from trainer.record import Job
+from trainer.student import Student, load_pretrained
+
+
+def train_stage1(lake_uri: str, run: str, config: Stage1Config) -> TrainResult:
+    """Train a student on a lake's train split, or go on where the run of this name stopped.
+
+    Args:
+        lake_uri: A lake with pairs.
+        run: Name of the folder under ``runs/``.
+        config: Everything else. Only ``scale`` and ``data.tasks`` may differ when a run goes on.
+
+    Raises:
+        LakeError: No lake, or the run's name belongs to another configuration or other data.
+        TrainError: The student cannot be built, there is too little data, or the loss diverges.
+        ClusterError: The cluster is too small. Ray must be initialised.
+    """
+    lake = open_lake(lake_uri)
+    gpu = check_cluster(config.scale, config.data)
+    architecture = resolve_architecture(config.model.architecture)
+    rows = find_rows(lake, (), None, config.data.seed)
+    order = build_order(rows, config.data, lake)
+    job = Job(
+        stage="stage 1",
+        run_uri=lake.storage.child(f"runs/{run}").uri,
+        optim=config.optim,
+        scale=config.scale,
+        tasks=config.data.tasks,
+        total_steps=order.steps_per_epoch * config.epochs,
+        objective=functools.partial(ContrastiveObjective, config.init_temperature),
+        start=functools.partial(_start, config.model),
+        validation_places=rows.validation,
+        identity=run_identity("stage1", config, rows, architecture),
+    )
+    return launch(lake, run, job, TrainData(lake.uri, order, architecture, config.data.crop_scale), gpu)
+
+
+def _start(model: ModelConfig, student: Student) -> None:
+    if model.weights is not None:
+        load_pretrained(student, model.weights, model.architecture)

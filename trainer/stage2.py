@@ -1,0 +1,99 @@
+"""Stage 2: distillation of the stored teacher embeddings into a student that stage 1 has trained."""
+
+from __future__ import annotations
+
+import functools
+
+from common.errors import LakeError, TrainError
+from common.lake import Lake, open_lake, require_teachers
+from trainer.checkpoint import MODEL, load_checkpoint
+from trainer.config import Stage2Config
+from trainer.data import TrainData
+from trainer.launch import TrainResult, build_order, check_cluster, find_rows, launch, run_identity
+from trainer.objectives import DistillObjective
+from trainer.record import Job
+from trainer.student import Student
+
+
+def train_stage2(lake_uri: str, run: str, init: str | None, config: Stage2Config) -> TrainResult:
+    """Distil a lake's teachers into a student, or go on where the run of this name stopped.
+
+    Args:
+        lake_uri: A lake with pairs, teacher embeddings and a selection.
+        run: Name of the folder under ``runs/``.
+        init: A stage-1 checkpoint: a run's folder or one of its step folders. The student is built from it.
+        config: Everything else. Only ``scale`` and ``data.tasks`` may differ when a run goes on.
+
+    Raises:
+        LakeError: No lake, no embeddings, no selection, or the run's name belongs to another configuration.
+        TrainError: No usable stage-1 checkpoint, too little data, or the loss diverges.
+        ClusterError: The cluster is too small. Ray must be initialised.
+    """
+    lake = open_lake(lake_uri)
+    if init is None:
+        raise TrainError(
+            f"Stage 2 starts from a stage-1 student and none was given. Run `mmkd train stage1 {lake_uri}` first, then "
+            f"`mmkd train stage2 {lake_uri} --init {lake_uri.rstrip('/')}/runs/RUN` with the run that it printed."
+        )
+    gpu = check_cluster(config.scale, config.data)
+    checkpoint = load_checkpoint(init)
+    architecture = checkpoint.architecture()
+    selection, teachers = choose_selection(lake, config)
+    rows = find_rows(lake, teachers, selection, config.data.seed)
+    order = build_order(rows, config.data, lake)
+    own = {name: float(lake.read_teacher(name)["logit_scale"]) for name in teachers}
+    scales = {name: config.distill.teacher_scale or scale for name, scale in own.items()}
+    start_scale = float(checkpoint.tensors(MODEL)["logit_scale"].exp())
+    facts = {
+        "init": checkpoint.manifest["files"][MODEL]["sha256"],
+        "selection": selection,
+        "teachers": {name: lake.read_teacher(name)["fingerprint"] for name in teachers},
+        "teacher_scales": scales,
+    }
+    job = Job(
+        stage="stage 2",
+        run_uri=lake.storage.child(f"runs/{run}").uri,
+        optim=config.optim,
+        scale=config.scale,
+        tasks=config.data.tasks,
+        total_steps=order.steps_per_epoch * config.epochs,
+        objective=functools.partial(DistillObjective, config.distill, scales, start_scale),
+        start=functools.partial(_start, checkpoint.uri),
+        validation_places=rows.validation,
+        identity=run_identity("stage2", config, rows, architecture, **facts),
+    )
+    data = TrainData(lake.uri, order, architecture, config.data.crop_scale, teachers, selection)
+    return launch(lake, run, job, data, gpu)
+
+
+def choose_selection(lake: Lake, config: Stage2Config) -> tuple[str, tuple[str, ...]]:
+    """The selection to use and its teachers, or those of them that the configuration names.
+
+    Raises:
+        LakeError: There is no selection, not the one asked for, or it lacks a teacher.
+    """
+    manifests = {
+        name: lake.storage.read_json(f"selection/{name}/selection.json")
+        for name in lake.storage.list_folders("selection")
+        if lake.storage.exists(f"selection/{name}/selection.json")
+    }
+    if not manifests:
+        raise LakeError(f"{lake.uri} has no selection yet. Run `mmkd select {lake.uri}` first.")
+    newest = max(manifests, key=lambda name: (str(manifests[name]["created_at"]), name))
+    chosen = config.selection or newest
+    if chosen not in manifests:
+        raise LakeError(f"{lake.uri} has no selection {chosen!r}; it has {', '.join(sorted(manifests))}.")
+    selected = manifests[chosen]["teachers"]
+    teachers = tuple(config.teachers or selected)
+    missing = sorted(set(teachers) - set(selected))
+    if missing:
+        raise LakeError(
+            f"Selection {chosen} does not cover {', '.join(missing)} (it covers {', '.join(selected)}). "
+            f"Run `mmkd select {lake.uri}` again after extracting, or leave these teachers out."
+        )
+    return chosen, tuple(require_teachers(lake, teachers))
+
+
+def _start(checkpoint_uri: str, student: Student) -> None:
+    checkpoint = load_checkpoint(checkpoint_uri)
+    student.load_tensors(checkpoint.tensors(MODEL), checkpoint.uri)

@@ -1,0 +1,130 @@
+"""One training worker under Ray Train: build or resume, run the loop, save, report."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train.torch import get_device
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from common.errors import MmkdError, TrainError
+from common.logs import configure_logs, logger
+from common.seeding import seed_of
+from common.storage import Storage
+from trainer.checkpoint import newest_checkpoint, open_step
+from trainer.data import TrainData
+from trainer.feed import quiet_ray_data, ray_batches
+from trainer.loop import LoopPlan, train
+from trainer.losses import gather_constant
+from trainer.optim import build_optimizer
+from trainer.record import Job, Parts, Recorder, restore
+from trainer.student import Student
+
+ERROR = "error.json"
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Ray Train's entry point on every worker.
+
+    A mistake the user can mend is left in the run's folder for the driver, which raises it there: Ray Train would
+    only retry it and then bury it under exceptions of its own.
+    """
+    configure_logs()
+    quiet_ray_data()
+    job: Job = ray.get(settings["job"])
+    run = Storage(job.run_uri)
+    if run.exists(ERROR):
+        return  # this group was restarted after another worker's error; the driver will raise it
+    try:
+        run_job(job, settings["data"], run)
+    except MmkdError as error:
+        run.write_json(ERROR, {"kind": type(error).__name__, "message": str(error)})
+        # Errors of the training itself happen on all workers at once; another's would leave the rest waiting.
+        if ray.train.get_context().get_world_size() > 1 and not isinstance(error, TrainError):
+            raise
+
+
+def run_job(job: Job, data_ref: ray.ObjectRef, run: Storage) -> None:
+    """Train from the newest whole checkpoint, or from the start, to the end."""
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    data: TrainData = ray.get(data_ref)
+    device = get_device()
+    if job.scale.threads and device.type == "cpu":
+        torch.set_num_threads(job.scale.threads)
+    first_step = agree_on_start(run, rank, device)
+    batches = ray_batches(data_ref, first_step, job.total_steps, rank, workers, job.tasks)
+    parts = prepare(job, data, run, first_step, device)
+    model, no_sync = wrap(parts.student, workers, device)
+    plan = LoopPlan(
+        total_steps=job.total_steps,
+        steps_per_epoch=data.order.steps_per_epoch,
+        optim=job.optim,
+        accumulate=job.scale.accumulate,
+        seed=data.order.seed,
+        rank=rank,
+        bfloat16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+    )
+    recorder = Recorder(run, job, data, parts, first_step) if rank == 0 else None
+    for report in train(batches, model, parts.objective, parts.optimizer, plan, first_step, no_sync):
+        saves = report.step == job.total_steps or report.step % job.scale.checkpoint_every == 0
+        logs = saves or report.step % job.scale.log_every == 0
+        # A collective: all workers take part, the first one writes.
+        places = gather_constant(torch.tensor(report.place_B).to(device)).cpu().numpy() if logs else None
+        if recorder is not None:
+            recorder.add(report, places, saves)
+        if saves:
+            ray.train.report({"step": report.step, **report.terms})
+    if recorder is not None:
+        recorder.finish()
+
+
+def agree_on_start(run: Storage, rank: int, device: torch.device) -> int:
+    """The step of the newest whole checkpoint, as the first worker sees it; 0 without any."""
+    found = newest_checkpoint(run) if rank == 0 else None
+    step = torch.tensor(0 if found is None else found.step, device=device)
+    if distributed.is_initialized():
+        distributed.broadcast(step, src=0)
+    return int(step)
+
+
+def prepare(job: Job, data: TrainData, run: Storage, first_step: int, device: torch.device) -> Parts:
+    """Build what learns, the same on every worker, and restore it if the run goes on.
+
+    Raises:
+        TrainError: The checkpoint vanished or does not fit.
+    """
+    torch.manual_seed(seed_of(data.order.seed, "weights") % 2**63)
+    student = Student(data.architecture).to(device)
+    objective = job.objective().to(device)
+    optimizer = build_optimizer({"student": student, "objective": objective}, job.optim)
+    parts = Parts(student, objective, optimizer)
+    if first_step == 0:
+        job.start(student)
+        return parts
+    checkpoint = open_step(run, first_step)
+    if checkpoint is None:
+        raise TrainError(f"Checkpoint {first_step} of {run.uri} cannot be read by every worker. Is the lake shared?")
+    restore(parts, checkpoint)
+    logger.info("%s: going on from step %d of %d", job.stage, first_step, job.total_steps)
+    return parts
+
+
+def wrap(
+    student: Student, workers: int, device: torch.device
+) -> tuple[torch.nn.Module, Callable[[], AbstractContextManager[Any]]]:
+    """DistributedDataParallel around the student when there is more than one worker."""
+    if workers == 1:
+        return student, contextlib.nullcontext
+    if device.type == "cuda":
+        # Replaces layers in place, so the optimizer's and the checkpoints' parameters stay the same objects.
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    model = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
+    return model, model.no_sync
