@@ -32,6 +32,11 @@ START_SECONDS = 120.0  # a loaded machine imports slowly; this is not the pictur
 ALARM_GRACE_SECONDS = 5.0
 JPEG_QUALITY = 95
 _LOSSY = ("JPEG", "MPO")
+# Hostile files are decoded there: no credentials; one thread, since thread pools reserve address space.
+_BARE_ENVIRONMENT = {
+    **{name: os.environ[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ},
+    **{"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "LC_ALL": "C.UTF-8"},
+}
 
 
 @dataclass(frozen=True)
@@ -155,9 +160,8 @@ class SandboxedDecoder:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            cwd="/",
-            # Hostile files are decoded there: no credentials; one thread, since thread pools reserve address space.
-            env={"PYTHONPATH": root, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "LC_ALL": "C.UTF-8"},
+            cwd=root,
+            env={"PYTHONPATH": root, **_BARE_ENVIRONMENT},
         )
         self._checked = 0
         for pipe in (self._child.stdin, self._child.stdout):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
@@ -54,18 +54,16 @@ def ray_batches(
             yield from split_batches(known, _unpack(blob), rows)
 
 
-def quiet_ray_data() -> None:
-    """Keep Ray Data's own log of every execution off the terminal; warnings still come through."""
-    import ray.data  # noqa: F401 - it sets its loggers up on import
-
-    for name in ("ray.data", "ray.data._internal.execution"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+def quiet_libraries() -> None:
+    """Keep open_clip's and Ray Data's own accounts of every step off the terminal; real warnings still come through."""
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that progress bars are off
 
 
 def _stream(data: ray.ObjectRef, segments: list[Segment], lanes: range, tasks: int) -> Iterator[pa.Scalar]:
     import ray
 
-    context = ray.data.DataContext.get_current()
+    context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -73,29 +71,28 @@ def _stream(data: ray.ObjectRef, segments: list[Segment], lanes: range, tasks: i
     # can then merge or split what belongs to a step.
     context.target_max_block_size = 1
     items = [{"epoch": s.epoch, "window": s.window, "first": s.first, "stop": s.stop} for s in segments]
-    stream = (
-        ray.data.from_items(items, override_num_blocks=len(items))
-        .map_batches(
-            _read_task,
-            fn_kwargs={"data": data, "lanes": lanes},
-            batch_size=None,
-            num_cpus=0,  # it waits for storage
-            compute=ray.data.TaskPoolStrategy(READERS),
-        )
-        .map_batches(
-            _decode_task,
-            fn_kwargs={"data": data},
-            batch_format="pyarrow",
-            batch_size=None,
-            num_cpus=1,
-            compute=ray.data.TaskPoolStrategy(tasks),
-        )
+    with ray.data.DataContext.current(context):
+        source = ray.data.from_items(items, override_num_blocks=len(items))
+    blocks = source.map_batches(
+        cast(Any, _read_task),
+        fn_kwargs={"data": data, "lanes": lanes},
+        batch_size=None,
+        num_cpus=0,  # it waits for storage
+        compute=ray.data.TaskPoolStrategy(READERS),
     )
-    for batch in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+    decoded = blocks.map_batches(
+        cast(Any, _decode_task),
+        fn_kwargs={"data": data},
+        batch_format="pyarrow",
+        batch_size=None,
+        num_cpus=1,
+        compute=ray.data.TaskPoolStrategy(tasks),
+    )
+    for batch in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
         yield from batch["block"]
 
 
-def _read_task(items: Any, data: ray.ObjectRef, lanes: range) -> Iterator[Any]:
+def _read_task(items: dict[str, Any], data: ray.ObjectRef, lanes: range) -> Iterator[pa.Table]:
     import ray
 
     known: TrainData = ray.get(data)
@@ -105,7 +102,7 @@ def _read_task(items: Any, data: ray.ObjectRef, lanes: range) -> Iterator[Any]:
             yield _pack(block)
 
 
-def _decode_task(table: Any, data: ray.ObjectRef) -> Any:
+def _decode_task(table: pa.Table, data: ray.ObjectRef) -> pa.Table:
     import ray
 
     known: TrainData = ray.get(data)

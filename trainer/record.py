@@ -46,6 +46,7 @@ class Job:
     optim: OptimConfig
     scale: ScaleConfig
     tasks: int
+    gpu: bool
     total_steps: int
     objective: Callable[[], Objective]
     start: Callable[[Student], None]

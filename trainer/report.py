@@ -16,7 +16,7 @@ import pyarrow as pa
 from common.errors import EvaluateError
 from common.storage import Storage
 from common.version import VERSION
-from trainer.evaluation.charts import bar_chart, loss_chart, map_chart
+from trainer.evaluation.charts import Chart, bar_chart, loss_chart, map_chart
 from trainer.evaluation.gallery import EmbeddingMap, GalleryItem
 from trainer.evaluation.scores import MEAN
 from trainer.evaluation.summary import Headline, headlines, summarise
@@ -111,8 +111,13 @@ def _tile(headline: Headline) -> str:
 
 def _bars(content: ReportContent) -> str:
     charts = [chart for chart in (bar_chart(content.scores, metric) for metric in ("accuracy", "auc")) if chart]
-    hint = "The thin line on a bar is the 95 % interval. Blue bars are students, grey and beige ones teachers."
-    return _section("By modality", hint, "\n".join(charts)) if charts else ""
+    hint = "The thin line on a bar is the 95 % interval. Blue bars are students, the pale ones teachers."
+    return _section("By modality", hint, "\n".join(_chart(chart) for chart in charts)) if charts else ""
+
+
+def _chart(chart: Chart) -> str:
+    entries = "".join(f'<li><b style="color:{e.colour}">{e.mark}</b> {escape(e.label)}</li>' for e in chart.legend)
+    return f'<ul class="legend">{entries}</ul>\n{chart.svg}'
 
 
 def _tables(content: ReportContent) -> str:
@@ -147,8 +152,8 @@ def _table(section: Section) -> str:
 
 def _losses(content: ReportContent) -> str:
     chart = loss_chart(content.curves, content.terms)
-    hint = "Each loss term before weighting; total is their weighted sum, validation the contrastive loss on the val split."
-    return _section("How training went", hint, chart) if chart else ""
+    hint = "Loss terms before weighting; total is their weighted sum, validation the contrastive loss on the val split."
+    return _section("How training went", hint, _chart(chart)) if chart else ""
 
 
 def _gallery(content: ReportContent) -> str:
@@ -184,7 +189,7 @@ def _map(content: ReportContent) -> str:
         f"Test pictures where {escape(content.embedding_map.model)} puts them, seen from the side from which they "
         "spread most (principal components). Pictures that lie close together look alike to the model."
     )
-    return _section("A map of the embeddings", hint, map_chart(content.embedding_map))
+    return _section("A map of the embeddings", hint, _chart(map_chart(content.embedding_map)))
 
 
 def _places(content: ReportContent) -> str:

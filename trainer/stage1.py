@@ -28,7 +28,7 @@ def train_stage1(lake_uri: str, run: str, config: Stage1Config) -> TrainResult:
         ClusterError: The cluster is too small. Ray must be initialised.
     """
     lake = open_lake(lake_uri)
-    gpu = check_cluster(config.scale, config.data)
+    placement = check_cluster(config.scale, config.data)
     architecture = resolve_architecture(config.model.architecture)
     rows = find_rows(lake, (), None, config.data.seed)
     order = build_order(rows, config.data, lake)
@@ -38,13 +38,14 @@ def train_stage1(lake_uri: str, run: str, config: Stage1Config) -> TrainResult:
         optim=config.optim,
         scale=config.scale,
         tasks=config.data.tasks,
+        gpu=placement.gpu,
         total_steps=order.steps_per_epoch * config.epochs,
         objective=functools.partial(ContrastiveObjective, config.init_temperature),
         start=functools.partial(_start, config.model),
         validation_places=rows.validation,
         identity=run_identity("stage1", config, rows, architecture),
     )
-    return launch(lake, run, job, TrainData(lake.uri, order, architecture, config.data.crop_scale), gpu)
+    return launch(lake, run, job, TrainData(lake.uri, order, architecture, config.data.crop_scale), placement)
 
 
 def _start(model: ModelConfig, student: Student) -> None:

@@ -35,7 +35,7 @@ def train_stage2(lake_uri: str, run: str, init: str | None, config: Stage2Config
             f"Stage 2 starts from a stage-1 student and none was given. Run `mmkd train stage1 {lake_uri}` first, then "
             f"`mmkd train stage2 {lake_uri} --init {lake_uri.rstrip('/')}/runs/RUN` with the run that it printed."
         )
-    gpu = check_cluster(config.scale, config.data)
+    placement = check_cluster(config.scale, config.data)
     checkpoint = load_checkpoint(init)
     architecture = checkpoint.architecture()
     selection, teachers = choose_selection(lake, config)
@@ -56,6 +56,7 @@ def train_stage2(lake_uri: str, run: str, init: str | None, config: Stage2Config
         optim=config.optim,
         scale=config.scale,
         tasks=config.data.tasks,
+        gpu=placement.gpu,
         total_steps=order.steps_per_epoch * config.epochs,
         objective=functools.partial(DistillObjective, config.distill, scales, start_scale),
         start=functools.partial(_start, checkpoint.uri),
@@ -63,7 +64,7 @@ def train_stage2(lake_uri: str, run: str, init: str | None, config: Stage2Config
         identity=run_identity("stage2", config, rows, architecture, **facts),
     )
     data = TrainData(lake.uri, order, architecture, config.data.crop_scale, teachers, selection)
-    return launch(lake, run, job, data, gpu)
+    return launch(lake, run, job, data, placement)
 
 
 def choose_selection(lake: Lake, config: Stage2Config) -> tuple[str, tuple[str, ...]]:

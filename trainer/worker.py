@@ -20,7 +20,7 @@ from common.seeding import seed_of
 from common.storage import Storage
 from trainer.checkpoint import newest_checkpoint, open_step
 from trainer.data import TrainData
-from trainer.feed import quiet_ray_data, ray_batches
+from trainer.feed import quiet_libraries, ray_batches
 from trainer.loop import LoopPlan, train
 from trainer.losses import gather_constant
 from trainer.optim import build_optimizer
@@ -37,7 +37,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     only retry it and then bury it under exceptions of its own.
     """
     configure_logs()
-    quiet_ray_data()
+    quiet_libraries()
     job: Job = ray.get(settings["job"])
     run = Storage(job.run_uri)
     if run.exists(ERROR):
@@ -56,7 +56,7 @@ def run_job(job: Job, data_ref: ray.ObjectRef, run: Storage) -> None:
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     data: TrainData = ray.get(data_ref)
-    device = get_device()
+    device = get_device() if job.gpu else torch.device("cpu")
     if job.scale.threads and device.type == "cpu":
         torch.set_num_threads(job.scale.threads)
     first_step = agree_on_start(run, rank, device)

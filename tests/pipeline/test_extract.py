@@ -1,4 +1,5 @@
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,7 +106,7 @@ class TestExtract:
             for entry in os.listdir("/proc"):
                 if entry.isdigit():
                     try:
-                        title = open(f"/proc/{entry}/cmdline", "rb").read()
+                        title = Path(f"/proc/{entry}/cmdline").read_bytes()
                     except OSError:
                         continue
                     if title.startswith(b"ray::Teacher_a") and not killed:

@@ -15,7 +15,7 @@ from common.lake import create_lake, shard_name
 from common.schemas import PAIRS, SELECTION, features_schema
 from common.seeding import rng
 
-WORDS = "a picture of something red green blue bright dark small large left right".split()
+WORDS = ["a", "picture", "of", "something", "red", "green", "blue", "bright", "dark", "small", "large", "left", "right"]
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
 CONTEXT_LENGTH = 12
 

@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 STUDENT_COLOURS = ("#56B4E9", "#0072B2", "#D55E00")
 TEACHER_COLOURS = ("#B8B8B8", "#8C8C8C", "#D8C9A8", "#C9B0C4", "#9FB8A6", "#6E6E6E", "#E3D5D0", "#A9B4C4", "#CFCFA0")
 MAP_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F", "#000000")
-MARKERS = "os^DvP*X"
+MARKERS = {"o": "\u25cf", "s": "\u25a0", "^": "\u25b2", "D": "\u25c6", "v": "\u25bc", "P": "\u271a", "*": "\u2605"}
+LINES = (("-", "\u2501\u2501"), ("--", "\u2505\u2505"), ("-.", "\u2501\u00b7"), (":", "\u00b7\u00b7\u00b7"))
 INK, GRID = "#333333", "#E4E4E4"
 
 _STYLE: Any = {
@@ -42,39 +43,54 @@ _STYLE: Any = {
     "axes.grid.axis": "y",
     "grid.color": GRID,
     "axes.axisbelow": True,
-    "legend.frameon": False,
 }
 
 
-def bar_chart(scores: pa.Table, metric: str = "accuracy") -> str | None:
+class LegendEntry(NamedTuple):
+    """What a colour stands for; ``mark`` is the character that shows it."""
+
+    label: str
+    colour: str
+    mark: str = "\u25a0"
+
+
+class Chart(NamedTuple):
+    """A chart and its legend, which the page sets in its own font: browsers and matplotlib disagree on widths."""
+
+    svg: str
+    legend: list[LegendEntry]
+
+
+def bar_chart(scores: pa.Table, metric: str = "accuracy") -> Chart | None:
     """Zero-shot figures by modality, one bar per model with its 95 % interval; None if there are none."""
     found = sections(scores, (metric,))
     if not found or not found[0].title.startswith("Zero-shot"):
         return None
     section = found[0]
     groups, bars = len(section.columns), len(section.models)
+    colours = _colours(section)
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         width = 0.82 / bars
-        for position, colour in enumerate(_colours(section)):
+        for position, colour in enumerate(colours):
             _bars(axes, section, position, np.arange(groups) + (position - (bars - 1) / 2) * width, width, colour)
         if MEAN in section.columns:
             axes.axvline(section.columns.index(MEAN) - 0.5, color="#999999", linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set_xticks(np.arange(groups), section.columns)
         axes.tick_params(axis="x", length=0)
         axes.set_ylim(0, 100)
-        axes.set_ylabel(section.title.removeprefix("Zero-shot ").replace(", percent", ", %"))
-        figure.legend(loc="outside upper left", ncols=min(bars, 6), fontsize=9)
+        axes.set_ylabel(f"{metric.upper() if len(metric) < 4 else metric}, %")
 
-    return _svg(draw, (max(7.5, 0.16 * groups * bars + 2.2), 3.6), f"{section.title}, by modality and model")
+    svg = _svg(draw, (max(7.5, 0.16 * groups * bars + 2.2), 3.2), f"{section.title}, by modality and model")
+    return Chart(svg, [LegendEntry(model, colour) for model, colour in zip(section.models, colours, strict=True)])
 
 
 def _bars(axes: Axes, section: Section, position: int, at: np.ndarray, width: float, colour: str) -> None:
     cells = section.cells[position]
     shown = [i for i, cell in enumerate(cells) if cell is not None]
     values = [cells[i].value for i in shown]  # type: ignore[union-attr]  # filtered just above
-    axes.bar(at[shown], values, width * 0.92, color=colour, label=section.models[position], linewidth=0)
+    axes.bar(at[shown], values, width * 0.92, color=colour, linewidth=0)
     for i in shown:
         cell = cells[i]
         if cell is not None and cell.low is not None and cell.high is not None:
@@ -92,7 +108,7 @@ def _colours(section: Section) -> list[str]:
     return [next(strong, None) or next(spare) if kind == "student" else next(teachers) for kind in section.kinds]
 
 
-def loss_chart(curves: Mapping[str, Sequence[Mapping[str, Any]]], terms: Sequence[str]) -> str | None:
+def loss_chart(curves: Mapping[str, Sequence[Mapping[str, Any]]], terms: Sequence[str]) -> Chart | None:
     """One small chart per loss term, one line per run.
 
     Args:
@@ -110,52 +126,46 @@ def loss_chart(curves: Mapping[str, Sequence[Mapping[str, Any]]], terms: Sequenc
         for place, term in enumerate(present):
             axes = figure.add_subplot(lines, columns, place + 1)
             axes.set_title(term.replace("_", " "), loc="left", fontsize=10)
-            for number, (run, rows) in enumerate(curves.items()):
+            for number, rows in enumerate(curves.values()):
                 kept = [(row["step"], row[term]) for row in rows if _finite(row.get(term))]
                 if any(value for _, value in kept):
-                    style = ("-", "--", "-.", ":")[number % 4]
-                    colour = MAP_COLOURS[number % len(MAP_COLOURS)]
-                    axes.plot(*zip(*kept, strict=True), style, color=colour, label=run, linewidth=1.4)
+                    axes.plot(*zip(*kept, strict=True), LINES[number % 4][0], color=_nth(number), linewidth=1.4)
             axes.set_xlabel("step")
-        unique = {
-            label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(unique.values(), unique.keys(), loc="outside upper left", ncols=min(len(unique), 5), fontsize=9)
 
-    return _svg(draw, (max(4.2, 3.1 * columns), 2.5 * lines + 0.4), "Loss terms by training step")
+    svg = _svg(draw, (9.3, 2.5 * lines), "Loss terms by training step")
+    return Chart(svg, [LegendEntry(run, _nth(number), LINES[number % 4][1]) for number, run in enumerate(curves)])
+
+
+def _nth(number: int) -> str:
+    return MAP_COLOURS[number % len(MAP_COLOURS)]
 
 
 def _finite(value: object) -> bool:
     return isinstance(value, int | float) and bool(np.isfinite(value))
 
 
-def map_chart(embedding_map: EmbeddingMap) -> str:
+def map_chart(embedding_map: EmbeddingMap) -> Chart:
     """The 2-D map: one point per picture, colour and marker by modality."""
+    names = sorted(set(embedding_map.modalities))
+    # Seven markers and eight colours: the pair repeats only after 56 modalities.
+    markers = [list(MARKERS)[number % len(MARKERS)] for number in range(len(names))]
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         axes.grid(visible=False)
         modalities = np.array(embedding_map.modalities, dtype=object)
-        for number, modality in enumerate(sorted(set(embedding_map.modalities))):
-            points = embedding_map.points_N2[modalities == modality]
-            marker = MARKERS[(number + number // len(MAP_COLOURS)) % len(MARKERS)]
-            axes.plot(
-                *points.T,
-                linestyle="",
-                marker=marker,
-                markersize=4.5,
-                alpha=0.65,
-                markeredgewidth=0,
-                color=MAP_COLOURS[number % len(MAP_COLOURS)],
-                label=modality,
-            )
+        look: dict[str, Any] = {"linestyle": "", "markersize": 4.5, "alpha": 0.65, "markeredgewidth": 0}
+        for number, name in enumerate(names):
+            points_N2 = embedding_map.points_N2[modalities == name]
+            axes.plot(*points_N2.T, marker=markers[number], color=_nth(number), **look)
         axes.set_xlabel(f"first direction ({100 * embedding_map.explained[0]:.0f} % of the variance)")
         axes.set_ylabel(f"second direction ({100 * embedding_map.explained[1]:.0f} %)")
         axes.set_xticks([])
         axes.set_yticks([])
-        figure.legend(loc="outside right upper", fontsize=9)
 
-    return _svg(draw, (7.5, 4.4), f"Map of the picture embeddings of {embedding_map.model}")
+    svg = _svg(draw, (7.5, 4.4), f"Map of the picture embeddings of {embedding_map.model}")
+    legend = [LegendEntry(name, _nth(number), MARKERS[markers[number]]) for number, name in enumerate(names)]
+    return Chart(svg, legend)
 
 
 def _svg(draw: Any, size: tuple[float, float], title: str) -> str:
@@ -174,6 +184,7 @@ def _svg(draw: Any, size: tuple[float, float], title: str) -> str:
     text = text[text.index("<svg") :]
     # Nothing refers to the ids of groups, and they would repeat from chart to chart.
     text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     # The page scales the chart; a fixed size in points would not fit a phone.
     text = re.sub(r'^<svg([^>]*?) width="[^"]*"', r"<svg\1", text)
     text = re.sub(r'^<svg([^>]*?) height="[^"]*"', r"<svg\1", text)

@@ -1,0 +1,30 @@
+"""The README's shape; its commands are run by tests/pipeline/test_readme.py."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+KINDS = {"skip", "local", "python", "s3", "cluster"}
+
+
+def test_every_command_block_says_how_it_is_tested():
+    blocks = re.findall(r"(.*)\n```(bash|python)\n", README)
+    assert blocks
+    for before, _ in blocks:
+        match = re.fullmatch(r"<!-- test: (\w+).* -->", before)
+        assert match, f"no test mark before a code block (found {before!r})"
+        assert match.group(1) in KINDS
+
+
+def test_every_linked_file_exists():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_source_path_named_in_the_docs_exists():
+    for file in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for path in re.findall(
+            r"`((?:common|extractor|trainer|cluster)/[\w/]+\.py)`", file.read_text(encoding="utf-8")
+        ):
+            assert (ROOT / path).exists(), f"{file.name} names {path}"

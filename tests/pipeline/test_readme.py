@@ -1,0 +1,161 @@
+"""Every command of the README, in order, on a demo made small enough for a test."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BLOCKS = re.findall(
+    r"<!-- test: (\w+).* -->\n```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+)
+SMALL_DEMO = {
+    "train_pictures": 40,
+    "val_pictures": 10,
+    "test_pictures": 16,
+    "teacher_pictures": 40,
+    "teacher_steps": 4,
+    "teacher_batch": 16,
+    "student_batch": 32,
+    "stage1_epochs": 1,
+    "stage2_epochs": 1,
+}
+
+
+def blocks_of(kind: str) -> list[str]:
+    return [text for mark, _, text in BLOCKS if mark == kind]
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    bin_folder = str(Path(sys.executable).parent)
+    return {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, environment) -> Path:
+    """A working directory as a reader has it after `make demo`, only smaller."""
+    folder = tmp_path_factory.mktemp("reader")
+    settings = [part for key, value in SMALL_DEMO.items() for part in ("--set", f"{key}={value}")]
+    run(["mmkd", "demo", "--lake", "demo-lake", *settings], folder, environment)
+    return folder
+
+
+def run(command: list[str] | str, folder: Path, environment: dict[str, str]) -> str:
+    shell = ["bash", "-euo", "pipefail", "-c", command] if isinstance(command, str) else command
+    done = subprocess.run(shell, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return done.stdout + done.stderr
+
+
+def test_the_demo_leaves_what_the_readme_says(home):
+    for name in (
+        "report.html",
+        "student/open_clip_model.safetensors",
+        "student/README.md",
+        "lake.json",
+        "prompts.yaml",
+    ):
+        assert (home / "demo-lake" / name).is_file(), name
+    page = (home / "demo-lake" / "report.html").read_text()
+    assert "<svg" in page
+    assert 'src="http' not in page
+
+
+def test_the_demo_again_does_nothing_twice(home, environment):
+    settings = [part for key, value in SMALL_DEMO.items() for part in ("--set", f"{key}={value}")]
+    said = run(["mmkd", "demo", "--lake", "demo-lake", *settings], home, environment)
+    assert "nothing to do" in said
+
+
+def test_local_commands_then_the_python_blocks(home, environment):
+    for block in blocks_of("local"):
+        run(block, home, environment)
+    outside = {**environment, "PYTHONPATH": "", "PYTHONSAFEPATH": "1"}
+    for block in blocks_of("python"):
+        code = (
+            "import sys\n"
+            + block
+            + "\nassert not {'ray', 'common', 'trainer', 'extractor', 'cluster'} & set(sys.modules)"
+        )
+        run([sys.executable, "-c", code], home, outside)
+
+
+def test_readers_stay_under_ten_lines():
+    readers = [block for block in blocks_of("python") if "features/teacher=" in block]
+    assert len(readers) == 4
+    assert all(len(block.strip().splitlines()) < 10 for block in readers)
+
+
+def test_object_storage_commands(home, environment, s3_server):
+    values = {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "reader-key",
+        "AWS_SECRET_ACCESS_KEY": "reader-secret-canary",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    there = {**environment, **values}
+    run([sys.executable, "-c", "import fsspec; fsspec.filesystem('s3').mkdir('bucket')"], home, there)
+    said = "".join(run(block, home, there) for block in blocks_of("s3"))
+    assert "canary" not in said
+    list_all = "import fsspec; fs = fsspec.filesystem('s3'); print(*fs.find('bucket/lake'))"
+    names = run([sys.executable, "-c", list_all], home, there)
+    assert "bucket/lake/features/teacher=chest/shard-000000.parquet" in names
+    read_all = "import fsspec; fs = fsspec.filesystem('s3'); print([b'canary' in fs.cat(f) for f in fs.find('bucket')])"
+    assert "True" not in run([sys.executable, "-c", read_all], home, there)
+
+
+@pytest.fixture
+def ray_head(tmp_path_factory, environment):
+    """A Ray head with its job server on this machine, stopped by process id."""
+    ports = []
+    for _ in range(2):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            ports.append(probe.getsockname()[1])
+    dashboard, gcs = ports
+    temp = f"/tmp/ray-head-{os.getpid()}"  # short: Ray puts sockets below it
+    command = ["ray", "start", "--head", "--block", "--num-cpus=4", "--temp-dir", temp]
+    command += [f"--port={gcs}", f"--dashboard-port={dashboard}", "--object-store-memory=500000000"]
+    quiet = {**environment, "RAY_AUTH_MODE": "disabled"}
+    process = subprocess.Popen(command, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{dashboard}"
+    for _ in range(120):
+        try:
+            urllib.request.urlopen(f"{address}/api/version", timeout=2).read()
+            break
+        except OSError:
+            time.sleep(0.5)
+    yield {**quiet, "RAY_API_SERVER_ADDRESS": address}
+    process.terminate()
+    process.wait(timeout=60)
+
+
+def test_cluster_commands_run_to_the_end_and_show_logs(home, ray_head):
+    command = "; ".join(line for block in blocks_of("cluster") for line in block.strip().splitlines())
+    run("rm -rf lake/features/teacher=chest", home, ray_head)
+    said = run(command, home, ray_head)
+    assert said.count("SUCCEEDED") >= 1
+    assert re.search(r"extract: \d+ files, \d+ rows", said)
+    assert "nothing to do" in said  # the second job found the first one's files
+
+
+def test_a_failing_job_shows_its_reason_and_exit_status(ray_head):
+    done = subprocess.run(
+        ["mmkd", "submit", "--", "extract", "/nowhere/lake", "--teachers", "plip"],
+        cwd=ROOT,
+        env=ray_head,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "There is no lake at /nowhere/lake" in done.stdout
