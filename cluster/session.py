@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from common.errors import ClusterError
 from common.logs import logger
@@ -28,13 +30,17 @@ def ray_session(num_gpus: int | None = None) -> Iterator[None]:
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Advice about pools that are larger than a small lake needs, and about progress bars we switch off.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\.data\..*")
+    for name in ("ray.data._internal.progress", "ray._private.authentication"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import ray
 
     if ray.is_initialized():
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
-    quiet = {"logging_level": logging.WARNING, "log_to_driver": True, "configure_logging": True}
+    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True, "configure_logging": True}
     try:
         if address:
             logger.info("joining the Ray cluster at %s", address)

@@ -35,7 +35,9 @@ _LOSSY = ("JPEG", "MPO")
 # Hostile files are decoded there: no credentials; one thread, since thread pools reserve address space.
 _BARE_ENVIRONMENT = {
     **{name: os.environ[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ},
-    **{"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "LC_ALL": "C.UTF-8"},
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "LC_ALL": "C.UTF-8",
 }
 
 

@@ -90,6 +90,8 @@ def describe(parts: list[Part], config: IngestConfig, limits: DecodeLimits) -> d
         identities = list(pool.map(lambda file: [file[0], *identity_of(file[1])], files))
     return {
         "files": identities,
+        # Staged files are named by part: a program that cuts otherwise must not go on with them.
+        "parts": fingerprint([[part.name, part.begin, part.end] for part in parts]),
         "config": config.model_dump(mode="json"),
         "limits": limits.model_dump(mode="json"),
         "schema_version": SCHEMA_VERSION,

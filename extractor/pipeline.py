@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -203,21 +204,28 @@ def build_stream(
     context.print_on_execution_start = False
     identities = {name: identity_of(inputs[name]) for name in inputs}
     shards = ray.data.from_items([{"shard": index} for index in todo], override_num_blocks=len(todo))
+    # Tasks, not actors: a dead worker is retried by Ray, and what is worth keeping (tokenizers) stays in its process.
     prepared = shards.map_batches(
-        Prepare,
-        fn_constructor_args=(lake.uri, inputs, todo),
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, min(len(todo), int(ray.cluster_resources()["CPU"]) - 1))),
+        _call,
+        fn_args=(Prepare(lake.uri, inputs, todo),),
+        compute=ray.data.TaskPoolStrategy(size=max(1, min(len(todo), int(ray.cluster_resources()["CPU"]) - 1))),
         num_cpus=1,
         batch_size=1,
     )
+    fan_out = FanOut(lake.uri, pools, todo, identities, config.max_reject_fraction)
     return prepared.map_batches(
-        FanOut,
-        fn_constructor_args=(lake.uri, pools, todo, identities, config.max_reject_fraction),
-        compute=ray.data.ActorPoolStrategy(size=min(config.shards_in_flight, len(todo))),
-        num_cpus=0.1,
+        _call,
+        fn_args=(fan_out,),
+        compute=ray.data.TaskPoolStrategy(size=min(config.shards_in_flight, len(todo))),
+        num_cpus=0.1,  # mostly waiting; another number than Prepare's, so that Ray keeps the two apart
         batch_size=None,
         batch_format="pyarrow",
     )
+
+
+def _call(batch: Any, step: Callable[[Any], Any]) -> Any:
+    """Apply a step to a block: Ray Data takes plain functions with arguments for its tasks."""
+    return step(batch)
 
 
 class FanOut:

@@ -42,8 +42,12 @@ class TeacherInput:
         return f"extra_{self.tokens}"
 
 
+_TOKENIZERS: dict[str, Tokenize] = {}
+"""Loaded once per worker process, by the key under which teachers share token ids."""
+
+
 class Prepare:
-    """Turn shard numbers into prepared tables; holds the tokenizers, so it is made once per worker.
+    """Turn shard numbers into prepared tables; small, so that it travels to every task.
 
     Args:
         lake_uri: The lake.
@@ -55,7 +59,6 @@ class Prepare:
         self.lake = Lake(lake_uri)
         self.inputs = inputs
         self.todo = todo
-        self._tokenizers: dict[str, Tokenize] = {}
 
     def __call__(self, batch: dict[str, Any]) -> pa.Table:
         """Prepare the one shard named in the batch."""
@@ -79,10 +82,10 @@ class Prepare:
         return pa.table(columns)
 
     def _tokenise(self, item: TeacherInput, captions: list[list[str]]) -> dict[str, pa.Array]:
-        if item.tokens not in self._tokenizers:
-            self._tokenizers[item.tokens] = load_tokenizer(item.spec)
+        if item.tokens not in _TOKENIZERS:
+            _TOKENIZERS[item.tokens] = load_tokenizer(item.spec)
         distinct = sorted({caption for row in captions for caption in row})
-        ids_UL = self._tokenizers[item.tokens](distinct)
+        ids_UL = _TOKENIZERS[item.tokens](distinct)
         position = {caption: place for place, caption in enumerate(distinct)}
         main = ids_UL[[position[row[0]] for row in captions]]
         extra = ids_UL[[position[caption] for row in captions for caption in row[1:]]]

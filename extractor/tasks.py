@@ -26,7 +26,7 @@ def run_tasks(items: list[Any], task: Callable[..., Any], *arguments: Any) -> It
         Index of an item and its answer, in the order in which they are finished.
 
     Raises:
-        MmkdError: A task met one; the tasks that are done stay done.
+        MmkdError: A task met one, or a file or connection failed it; the tasks that are done stay done.
     """
     if not items:
         return
@@ -49,4 +49,6 @@ def _run_one(row: dict[str, Any], task: Callable[..., Any], arguments: tuple[Any
         answer = task(json.loads(row["item"]), *arguments)
     except MmkdError as error:
         error_kind, message = type(error).__name__, str(error)
+    except OSError as error:  # a source that vanished or broke off while it was read
+        error_kind, message = StorageError.__name__, f"Reading or writing failed: {type(error).__name__}: {error}."
     return {"index": row["index"], "answer": json.dumps(answer), "error_kind": error_kind, "error": message}

@@ -85,7 +85,9 @@ def read_blocks(data: TrainData, segment: Segment, lanes: range) -> Iterator[pa.
 
 
 def validation_batches(data: TrainData, places: np.ndarray) -> Iterator[Batch]:
-    """Clean views with main captions, in batches of equal size whatever the number of workers."""
+    """Clean views with main captions, in batches of equal size whatever the number of workers; none without places."""
+    if not len(places):
+        return
     rows = min(len(places), VALIDATION_BATCH)
     clean = dataclasses.replace(data, teachers=(), selection=None, crop_scale=1.0)
     lake = Lake(data.lake_uri)

@@ -65,6 +65,11 @@ def export_checkpoint(
             target.remove(file)
         for file in names:
             target.write_bytes(file, (folder / file).read_bytes())
+    _write_manifest(target, checkpoint, sha256, names)
+    return target.uri
+
+
+def _write_manifest(target: Storage, checkpoint: Checkpoint, weights_sha256: str, names: list[str]) -> None:
     target.write_json(
         EXPORT_MANIFEST,
         {
@@ -72,11 +77,10 @@ def export_checkpoint(
             "created_at": now(),
             "checkpoint": checkpoint.uri,
             "checkpoint_fingerprint": fingerprint(checkpoint.manifest),
-            "weights_sha256": sha256,
+            "weights_sha256": weights_sha256,
             "files": [*names, EXPORT_MANIFEST],
         },
     )
-    return target.uri
 
 
 def _stale_files(target: Storage, force: bool) -> list[str]:

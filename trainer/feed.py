@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
@@ -58,6 +59,18 @@ def quiet_libraries() -> None:
     """Keep open_clip's and Ray Data's own accounts of every step off the terminal; real warnings still come through."""
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # warns that progress bars are off
+    logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
+
+
+def started(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, the first being fetched from now on: data and model then start up at the same time."""
+    with_first = ThreadPoolExecutor(1).submit(lambda: list(itertools.islice(batches, 1)))
+
+    def rest() -> Iterator[Batch]:
+        yield from with_first.result()
+        yield from batches
+
+    return rest()
 
 
 def _stream(data: ray.ObjectRef, segments: list[Segment], lanes: range, tasks: int) -> Iterator[pa.Scalar]:

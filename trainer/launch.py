@@ -218,7 +218,7 @@ def fit(lake: Lake, run: str, job: Job, data: TrainData, placement: Placement) -
             use_gpu=placement.gpu,
             resources_per_worker=resources,
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg] # ray.train's stub names the older class of this name
             # A fresh name each time: resuming is by our own checkpoints, and Ray Train resumes equal names by its own.
             name=f"{run}-{uuid.uuid4().hex[:8]}",
             storage_path=lake.storage.path(f"runs/{run}/ray"),

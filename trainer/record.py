@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,7 +29,7 @@ from trainer.checkpoint import (
     step_name,
 )
 from trainer.config import OptimConfig, ScaleConfig
-from trainer.data import Batch, TrainData, validation_batches
+from trainer.data import TrainData, validation_batches
 from trainer.loop import StepReport, validation_loss
 from trainer.objectives import Objective
 from trainer.optim import load_optimizer_tensors, optimizer_tensors
@@ -81,7 +83,9 @@ class Recorder:
         self.progress = Progress(job.stage, job.total_steps - first_step, "steps")
         self.seconds = self.waited = 0.0
         self.samples = 0
-        self.validation: list[Batch] = []
+        # In the background: the first batches are being waited for meanwhile.
+        load = functools.partial(validation_batches, data, job.validation_places)
+        self.validation = ThreadPoolExecutor(1).submit(lambda: list(load()))
 
     def add(self, report: StepReport, places: np.ndarray | None, saves: bool) -> None:
         """Account for one step; with ``places``, the global batch's, as a metric row; save if asked."""
@@ -112,9 +116,8 @@ class Recorder:
     def _save(self, report: StepReport) -> None:
         row = self.rows[-1]
         if len(self.job.validation_places):
-            self.validation = self.validation or list(validation_batches(self.data, self.job.validation_places))
             row["validation"] = validation_loss(
-                self.validation, self.parts.student, float(self.parts.objective.scale().detach())
+                self.validation.result(), self.parts.student, float(self.parts.objective.scale().detach())
             )
         tensors = {
             MODEL: self.parts.student.tensors(float(self.parts.objective.scale.log.detach())),

@@ -20,7 +20,7 @@ from common.seeding import seed_of
 from common.storage import Storage
 from trainer.checkpoint import newest_checkpoint, open_step
 from trainer.data import TrainData
-from trainer.feed import quiet_libraries, ray_batches
+from trainer.feed import quiet_libraries, ray_batches, started
 from trainer.loop import LoopPlan, train
 from trainer.losses import gather_constant
 from trainer.optim import build_optimizer
@@ -60,7 +60,7 @@ def run_job(job: Job, data_ref: ray.ObjectRef, run: Storage) -> None:
     if job.scale.threads and device.type == "cpu":
         torch.set_num_threads(job.scale.threads)
     first_step = agree_on_start(run, rank, device)
-    batches = ray_batches(data_ref, first_step, job.total_steps, rank, workers, job.tasks)
+    batches = started(ray_batches(data_ref, first_step, job.total_steps, rank, workers, job.tasks))
     parts = prepare(job, data, run, first_step, device)
     model, no_sync = wrap(parts.student, workers, device)
     plan = LoopPlan(

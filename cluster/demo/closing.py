@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,14 +9,17 @@ import typer
 
 from common.lake import Lake
 from common.models.load import read_catalog
+from common.storage import Storage
 from trainer.config import EvaluateConfig
 from trainer.evaluation.gallery import pictures_of
 from trainer.evaluation.models import find_model
 from trainer.evaluation.run import Evaluation, evaluate
 from trainer.evaluation.tables import format_table
 from trainer.export import export_checkpoint
+from trainer.record import read_metrics
 from trainer.report import ReportContent, write_report
 
+RUNS = {"stage 1": "stage1", "stage 2": "stage2"}
 TERMS = ("total", "contrastive", "image_text", "image_image", "text_text")
 
 
@@ -40,7 +42,7 @@ def export_and_report(lake: Lake, home: Path, checkpoint: str, evaluation: Evalu
     content = ReportContent(
         title="mmkd demo: many specialists, one student",
         scores=evaluation.scores,
-        curves={run: read_metrics(lake, run) for run in ("stage1", "stage2")},
+        curves={name: list(read_metrics(Storage(f"{lake.uri}/runs/{run}"))) for name, run in RUNS.items()},
         terms=TERMS,
         gallery=gallery,
         embedding_map=embedding_map,
@@ -65,9 +67,3 @@ NEXT_STEPS = (
     "`mmkd ingest SOURCE LAKE` starts a lake of your own; `mmkd extract LAKE --teachers NAME,...` fills it.",
     "`mmkd evaluate LAKE --models student=DIR` measures any model folder on any lake.",
 )
-
-
-def read_metrics(lake: Lake, run: str) -> list[dict[str, float]]:
-    """The metric rows of a run."""
-    lines = lake.storage.read_bytes(f"runs/{run}/metrics.jsonl").decode().splitlines()
-    return [json.loads(line) for line in lines]

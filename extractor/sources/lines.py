@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import zlib
 from collections.abc import Callable, Iterator
-from typing import IO, cast
+from typing import cast
 
 import fsspec
 
@@ -33,12 +34,13 @@ def open_lines(uri: str, begin: int = 0, end: int | None = None) -> Iterator[Ite
     Storage(uri).exists()  # says in plain words what is wrong with the storage, if anything
     with fsspec.open(uri, "rb", compression="infer") as stream:
         try:
-            yield _lines(cast(IO[bytes], stream), begin, end)
+            # Remote files of fsspec know no length limit in readline.
+            yield _lines(io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20), begin, end)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise SourceError(f"{uri} is damaged or cut off ({error}). Unpack it to see how far it goes.") from error
 
 
-def _lines(stream: IO[bytes], begin: int, end: int | None) -> Iterator[Line]:
+def _lines(stream: io.BufferedReader, begin: int, end: int | None) -> Iterator[Line]:
     stream.seek(begin)
     offset = begin
     while end is None or offset < end:

@@ -18,11 +18,11 @@ BLOCKS = re.findall(
     r"<!-- test: (\w+).* -->\n```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
 )
 SMALL_DEMO = {
-    "train_pictures": 40,
+    "train_pictures": 64,
     "val_pictures": 10,
     "test_pictures": 16,
-    "teacher_pictures": 40,
-    "teacher_steps": 4,
+    "teacher_pictures": 64,
+    "teacher_steps": 60,
     "teacher_batch": 16,
     "student_batch": 32,
     "stage1_epochs": 1,

@@ -183,7 +183,7 @@ def _svg(draw: Any, size: tuple[float, float], title: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     # Nothing refers to the ids of groups, and they would repeat from chart to chart.
-    text = re.sub(r'<g id="[^"]*">', "<g>", text)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     # The page scales the chart; a fixed size in points would not fit a phone.
     text = re.sub(r'^<svg([^>]*?) width="[^"]*"', r"<svg\1", text)

@@ -48,6 +48,8 @@ def find_model(reference: str, catalog: dict[str, ModelSpec], kind: Kind | None 
         TrainError: The run has no whole checkpoint.
     """
     name, mark, address = reference.partition("=")
+    if "/" in name:  # the sign belongs to the address
+        mark = ""
     if reference in catalog or (not mark and "/" not in reference):
         spec = find_spec(reference, catalog)
         return ModelUnderTest(spec.name, kind or "teacher", spec)

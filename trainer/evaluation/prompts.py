@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from common.config import StrictModel, parse_config, read_yaml
 
-PACKAGED = Path(__file__).parent / "prompts" / "biomedical.yaml"
+PACKAGED = Path(__file__).parent / "templates" / "biomedical.yaml"
 PLACEHOLDERS = ("label", "modality")
 
 Prompts = tuple[str, ...]
