@@ -204,9 +204,10 @@ def build_stream(
     context.print_on_execution_start = False
     identities = {name: identity_of(inputs[name]) for name in inputs}
     shards = ray.data.from_items([{"shard": index} for index in todo], override_num_blocks=len(todo))
+    call: Any = _call  # Ray's stubs know functions of one argument only
     # Tasks, not actors: a dead worker is retried by Ray, and what is worth keeping (tokenizers) stays in its process.
     prepared = shards.map_batches(
-        _call,
+        call,
         fn_args=(Prepare(lake.uri, inputs, todo),),
         compute=ray.data.TaskPoolStrategy(size=max(1, min(len(todo), int(ray.cluster_resources()["CPU"]) - 1))),
         num_cpus=1,
@@ -214,7 +215,7 @@ def build_stream(
     )
     fan_out = FanOut(lake.uri, pools, todo, identities, config.max_reject_fraction)
     return prepared.map_batches(
-        _call,
+        call,
         fn_args=(fan_out,),
         compute=ray.data.TaskPoolStrategy(size=min(config.shards_in_flight, len(todo))),
         num_cpus=0.1,  # mostly waiting; another number than Prepare's, so that Ray keeps the two apart

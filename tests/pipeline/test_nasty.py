@@ -132,7 +132,7 @@ def test_deep_pictures_use_the_whole_range_without_clipping(pixels, name):
     assert (found.min(), found.max()) == (0, 255)
     assert (found == 255).mean() < 0.3
     if name != "16bit.s.tif":  # a black and white drawing
-        assert len(np.unique(found)) > 50
+        assert len(np.unique(found)) > 20
 
 
 def test_byte_order_and_container_do_not_change_the_picture(pixels):
