@@ -9,22 +9,33 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from common.config import StrictModel
 
 
+class ColumnNames(StrictModel):
+    """Which column (or key) of a source holds what; None tries the usual names."""
+
+    image: str | None = Field(None, description="Image path, URI or bytes, when it is not called image, filepath, ...")
+    caption: str | None = Field(None, description="Caption or list of captions, when not captions, caption, title, ...")
+    modality: str | None = Field(None, description="Kind of picture, when it is not called modality.")
+    label: str | None = Field(None, description="Class label for zero-shot evaluation, when it is not called label.")
+    license: str | None = Field(None, description="Licence, when it is not called license or licence.")
+    split: str | None = Field(None, description="train, val or test, when it is not called split.")
+
+
+class DecodeLimits(StrictModel):
+    """What one picture may cost before it is given up."""
+
+    max_pixels: PositiveInt = Field(100_000_000, description="Larger pictures are rejected before decoding.")
+    max_seconds: PositiveFloat = Field(20.0, description="Decoding longer than this is killed.")
+    max_memory_mib: PositiveInt = Field(3072, description="Address space of the decoding process.")
+    max_file_mib: PositiveInt = Field(256, description="Larger image files are rejected.")
+
+
 class IngestConfig(StrictModel):
     """How a source becomes pairs."""
 
     format: Literal["auto", "webdataset", "jsonl", "csv", "parquet"] = Field(
         "auto", description="auto looks at the extension; name it when the extension does not tell."
     )
-    image_column: str | None = Field(
-        None, description="Column with the image path, URI or bytes; None tries usual names."
-    )
-    caption_column: str | None = Field(
-        None, description="Column with the caption or list of captions; None tries usual names."
-    )
-    modality_column: str | None = Field(None, description="Column with the modality; None tries 'modality'.")
-    label_column: str | None = Field(None, description="Column with the class label; None tries 'label'.")
-    license_column: str | None = Field(None, description="Column with the licence; None tries 'license', 'licence'.")
-    split_column: str | None = Field(None, description="Column with train/val/test; None tries 'split'.")
+    columns: ColumnNames = ColumnNames()
     keep_labels: tuple[str, ...] = Field((), description="Keep only rows with one of these image labels (BIOMEDICA).")
     keep_panels: tuple[str, ...] = Field((), description="Keep only rows with one of these panel types (BIOMEDICA).")
     keep_licenses: tuple[str, ...] = Field(
@@ -43,15 +54,7 @@ class IngestConfig(StrictModel):
         0.05, ge=0, lt=1, description="Share put in test by hash, where the source has no split."
     )
     shard_rows: PositiveInt = Field(1024, description="Rows per shard; fixed for a lake. Fewer means finer resume.")
-
-
-class DecodeLimits(StrictModel):
-    """What one picture may cost before it is given up."""
-
-    max_pixels: PositiveInt = Field(100_000_000, description="Larger pictures are rejected before decoding.")
-    max_seconds: PositiveFloat = Field(20.0, description="Decoding longer than this is killed.")
-    max_memory_mib: PositiveInt = Field(3072, description="Address space of the decoding process.")
-    max_file_mib: PositiveInt = Field(256, description="Larger image files are rejected.")
+    limits: DecodeLimits = DecodeLimits()
 
 
 class ExtractConfig(StrictModel):

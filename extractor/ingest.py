@@ -25,7 +25,7 @@ from common.lake import Lake, create_lake, now
 from common.logs import Progress, duration, logger
 from common.schemas import SCHEMA_VERSION
 from extractor.commit import Committed, commit, manifest_name
-from extractor.config import DecodeLimits, IngestConfig
+from extractor.config import IngestConfig
 from extractor.sources import plan_sources
 from extractor.sources.addresses import absolute, identity_of, shown
 from extractor.sources.record import Part
@@ -55,7 +55,7 @@ class IngestReport:
     """Nothing was done: this very ingest is in the lake; the counts are those of then."""
 
 
-def ingest(source: str | list[str], lake_uri: str, config: IngestConfig, limits: DecodeLimits) -> IngestReport:
+def ingest(source: str | list[str], lake_uri: str, config: IngestConfig) -> IngestReport:
     """Bring one or more sources into a lake, creating it if need be. Ray must be initialised.
 
     Raises:
@@ -66,13 +66,13 @@ def ingest(source: str | list[str], lake_uri: str, config: IngestConfig, limits:
     started = time.monotonic()
     sources = [source] if isinstance(source, str) else list(source)
     parts = plan_sources(sources, config)
-    identity = describe(parts, config, limits)
+    identity = describe(parts, config)
     ingest_id = fingerprint(identity)
     lake = create_lake(absolute(lake_uri), config.shard_rows)
     earlier = find_earlier(lake, ingest_id)
     if earlier is not None:
         return earlier
-    staged = stage(lake, ingest_id, parts, config, limits)
+    staged = stage(lake, ingest_id, parts, config)
     insist_on_pairs(lake, ingest_id, sources, staged)
     report = summarise(ingest_id, staged, commit(lake, ingest_id, staged, config.shard_rows))
     report.seconds = time.monotonic() - started
@@ -83,7 +83,7 @@ def ingest(source: str | list[str], lake_uri: str, config: IngestConfig, limits:
     return report
 
 
-def describe(parts: list[Part], config: IngestConfig, limits: DecodeLimits) -> dict[str, Any]:
+def describe(parts: list[Part], config: IngestConfig) -> dict[str, Any]:
     """Everything that determines what an ingest makes, as JSON-able values."""
     files = list(dict.fromkeys((part.kind, part.uri) for part in parts))
     with ThreadPoolExecutor(READ_THREADS) as pool:
@@ -93,7 +93,6 @@ def describe(parts: list[Part], config: IngestConfig, limits: DecodeLimits) -> d
         # Staged files are named by part: a program that cuts otherwise must not go on with them.
         "parts": fingerprint([[part.name, part.begin, part.end] for part in parts]),
         "config": config.model_dump(mode="json"),
-        "limits": limits.model_dump(mode="json"),
         "schema_version": SCHEMA_VERSION,
     }
 
@@ -117,9 +116,7 @@ def find_earlier(lake: Lake, ingest_id: str) -> IngestReport | None:
     return report
 
 
-def stage(
-    lake: Lake, ingest_id: str, parts: list[Part], config: IngestConfig, limits: DecodeLimits
-) -> list[StagedPart]:
+def stage(lake: Lake, ingest_id: str, parts: list[Part], config: IngestConfig) -> list[StagedPart]:
     """Stage the parts that are not staged yet; returns what all parts hold, in order."""
     names = set(lake.storage.list_files(staging_folder(ingest_id), ".json"))
     there = [index for index in range(len(parts)) if StagedPart.file_name(index) in names]
@@ -133,15 +130,15 @@ def stage(
     progress.advance(len(there))
     items = [{"index": index, "part": asdict(parts[index])} for index in todo]
     rows = sum(part.records for part in done.values())
-    for number, answer in run_tasks(items, _stage_item, lake, ingest_id, config, limits):
+    for number, answer in run_tasks(items, _stage_item, lake, ingest_id, config):
         part = done[todo[number]] = StagedPart.from_json(answer)
         rows += part.records
         progress.advance(1, f"{rows} rows")
     return [done[index] for index in range(len(parts))]
 
 
-def _stage_item(item: dict[str, Any], lake: Lake, ingest_id: str, config: IngestConfig, limits: DecodeLimits) -> Any:
-    return vars(stage_part(lake, ingest_id, item["index"], Part.from_json(item["part"]), config, limits))
+def _stage_item(item: dict[str, Any], lake: Lake, ingest_id: str, config: IngestConfig) -> Any:
+    return vars(stage_part(lake, ingest_id, item["index"], Part.from_json(item["part"]), config))
 
 
 def insist_on_pairs(lake: Lake, ingest_id: str, sources: list[str], staged: list[StagedPart]) -> None:

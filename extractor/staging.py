@@ -13,7 +13,7 @@ from common.lake import Lake
 from common.sandbox import SandboxedDecoder
 from common.schemas import PAIRS, REJECTS
 from common.seeding import rng
-from extractor.config import DecodeLimits, IngestConfig
+from extractor.config import IngestConfig
 from extractor.sources import read_part
 from extractor.sources.addresses import short_name
 from extractor.sources.record import Part, Record
@@ -73,9 +73,7 @@ def rejects_name(ingest_id: str, part: int) -> str:
     return f"{staging_folder(ingest_id)}/part-{part:06d}.rejects.parquet"
 
 
-def stage_part(
-    lake: Lake, ingest_id: str, index: int, part: Part, config: IngestConfig, limits: DecodeLimits
-) -> StagedPart:
+def stage_part(lake: Lake, ingest_id: str, index: int, part: Part, config: IngestConfig) -> StagedPart:
     """Read one part, check its pictures, and write its staged files; the same input gives the same files.
 
     Raises:
@@ -95,8 +93,10 @@ def stage_part(
         pairs.clear()
         size = 0
 
-    with SandboxedDecoder(limits.max_pixels, limits.max_seconds, limits.max_memory_mib, config.max_side) as decoder:
-        for record in read_part(part, config, limits):
+    with SandboxedDecoder(
+        config.limits.max_pixels, config.limits.max_seconds, config.limits.max_memory_mib, config.max_side
+    ) as decoder:
+        for record in read_part(part, config):
             seen += 1
             if record.filtered:
                 done.filtered += 1

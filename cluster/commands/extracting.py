@@ -9,7 +9,7 @@ import typer
 from cluster.commands.options import Catalog, ConfigFile, Overrides, PrintConfig, Teachers, show_config, split_names
 from cluster.session import ray_session
 from common.config import load_config
-from extractor.config import DecodeLimits, ExtractConfig, IngestConfig
+from extractor.config import ExtractConfig, IngestConfig
 
 
 def ingest(
@@ -31,13 +31,13 @@ def ingest(
 
     Example: mmkd ingest pairs.jsonl ./lake
     """
+    columns = {"image": image_column, "caption": caption_column}
+    named = [f"columns.{what}={name}" for what, name in columns.items() if name is not None]
     settings = load_config(
         IngestConfig,
         config,
-        overrides or (),
+        [*named, *(overrides or ())],
         format=source_format,
-        image_column=image_column,
-        caption_column=caption_column,
         max_side=max_side,
     )
     if print_config:
@@ -45,10 +45,13 @@ def ingest(
         return
     if len(sources) < 2:
         raise typer.BadParameter("give at least one SOURCE and then the LAKE")
+    from extractor.sources import plan_sources
+
+    plan_sources(sources[:-1], settings)  # before Ray starts, so that a wrong source is told at once
     with ray_session():
         from extractor.ingest import ingest as run
 
-        run(sources[:-1], sources[-1], settings, DecodeLimits())
+        run(sources[:-1], sources[-1], settings)
 
 
 def extract(

@@ -17,7 +17,7 @@ from cluster.session import ray_session
 from common.errors import ConfigError
 from common.lake import Lake, open_lake
 from common.logs import duration, logger
-from extractor.config import DecodeLimits, ExtractConfig, IngestConfig
+from extractor.config import ExtractConfig, IngestConfig
 from trainer.config import EvaluateConfig, SelectConfig
 
 STEPS = ("pairs", "teachers", "ingest", "extract", "select", "stage 1", "stage 2", "evaluate", "export and report")
@@ -159,9 +159,7 @@ def ingest_pairs(source: str, lake_uri: str, clock: Clock) -> Lake:
     from extractor.ingest import ingest
 
     clock.step(f"{source} -> pairs/")
-    ingest(
-        [source], lake_uri, IngestConfig(shard_rows=SHARD_ROWS, val_fraction=0.05, test_fraction=0.2), DecodeLimits()
-    )
+    ingest([source], lake_uri, IngestConfig(shard_rows=SHARD_ROWS, val_fraction=0.05, test_fraction=0.2))
     return open_lake(lake_uri)
 
 

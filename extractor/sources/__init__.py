@@ -1,7 +1,7 @@
 """Where pairs come from. A kind of source is a module with two functions, and a line in the table below.
 
 ``parts(uri, config) -> list[Part]`` plans the reading of one file, cheaply, in the driver.
-``read(part, config, limits) -> Iterator[Record]`` reads one part, in a worker, in bounded memory; whatever is wrong
+``read(part, config) -> Iterator[Record]`` reads one part, in a worker, in bounded memory; whatever is wrong
 with one row becomes that row's reason.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from common.errors import SourceError
-from extractor.config import DecodeLimits, IngestConfig
+from extractor.config import IngestConfig
 from extractor.sources.addresses import EXTENSIONS, find_files, kind_of
 from extractor.sources.record import Part, Record
 
@@ -35,9 +35,9 @@ def plan_sources(sources: list[str], config: IngestConfig) -> list[Part]:
     return [part for file in files for part in _module(_kind(file, config)).parts(file, config)]
 
 
-def read_part(part: Part, config: IngestConfig, limits: DecodeLimits) -> Iterator[Record]:
+def read_part(part: Part, config: IngestConfig) -> Iterator[Record]:
     """The records of one part, in order."""
-    return iter(_module(part.kind).read(part, config, limits))
+    return iter(_module(part.kind).read(part, config))
 
 
 def _kind(uri: str, config: IngestConfig) -> str:

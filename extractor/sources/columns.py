@@ -40,10 +40,10 @@ def choose_columns(present: Iterable[str], config: IngestConfig, where: str) -> 
     names = list(present)
     chosen: dict[str, str | None] = {}
     for what, usual in USUAL_NAMES.items():
-        asked: str | None = getattr(config, f"{what}_column")
+        asked: str | None = getattr(config.columns, what)
         if asked is not None and asked not in names:
             raise SourceError(
-                f"{where} has no column {asked!r}, which {what}_column asks for. "
+                f"{where} has no column {asked!r}, which columns.{what} asks for. "
                 f"Its columns are: {', '.join(names) or 'none'}. Give one of them."
             )
         chosen[what] = asked or next((name for name in usual if name in names), None)
@@ -55,7 +55,7 @@ def choose_columns(present: Iterable[str], config: IngestConfig, where: str) -> 
     return Columns(**chosen)  # type: ignore[arg-type]  # the two required ones are strings now
 
 
-def record_of(row: Mapping[str, Any], part: Part, number: int, config: IngestConfig, limits: DecodeLimits) -> Record:
+def record_of(row: Mapping[str, Any], part: Part, number: int, config: IngestConfig) -> Record:
     """One row of a table as a record; whatever is wrong with it becomes the record's reason.
 
     Args:
@@ -63,7 +63,6 @@ def record_of(row: Mapping[str, Any], part: Part, number: int, config: IngestCon
         part: Where the row is from.
         number: Of the row within the file, from 0.
         config: Filters.
-        limits: For the size of an image file.
     """
     columns = part.columns
     assert columns is not None, "tables are planned with their columns"
@@ -77,7 +76,7 @@ def record_of(row: Mapping[str, Any], part: Part, number: int, config: IngestCon
             return Record(key, filtered=True)
         captions = clean_captions(row.get(columns.caption))
         split = clean_split(row.get(columns.split)) if columns.split else None
-        image = _image_bytes(cell, part, limits)
+        image = _image_bytes(cell, part, config.limits)
     except RowFaultError as fault:
         return Record(key, reason=fault.reason, detail=f"row {number + 1}: {fault.detail}")
     return Record(key, image, captions, modality, label, license_name, split)

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterator
 
 from common.errors import SourceError
-from extractor.config import DecodeLimits, IngestConfig
+from extractor.config import IngestConfig
 from extractor.sources.addresses import base_name
 from extractor.sources.columns import choose_columns, record_of
 from extractor.sources.lines import Line, open_lines, plan_lines
@@ -43,7 +43,7 @@ def parts(uri: str, config: IngestConfig) -> list[Part]:
     ]
 
 
-def read(part: Part, config: IngestConfig, limits: DecodeLimits) -> Iterator[Record]:
+def read(part: Part, config: IngestConfig) -> Iterator[Record]:
     """Each row of a part as a record; a row with another number of cells is a record with a reason."""
     with open_lines(part.uri, part.begin, part.end) as lines:
         for number, (_, cells, fault) in enumerate(_rows(lines, part.delimiter), part.first_row):
@@ -52,7 +52,7 @@ def read(part: Part, config: IngestConfig, limits: DecodeLimits) -> Iterator[Rec
             if fault:
                 yield Record(f"{part.name}/#{number}", reason="malformed row", detail=f"row {number + 1}: {fault}")
             else:
-                yield record_of(dict(zip(part.header, cells, strict=True)), part, number, config, limits)
+                yield record_of(dict(zip(part.header, cells, strict=True)), part, number, config)
 
 
 def _rows(lines: Iterator[Line], delimiter: str) -> Iterator[tuple[int, list[str], str]]:

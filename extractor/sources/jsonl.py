@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from common.errors import SourceError
-from extractor.config import DecodeLimits, IngestConfig
+from extractor.config import IngestConfig
 from extractor.sources.addresses import base_name
 from extractor.sources.columns import choose_columns, record_of
 from extractor.sources.lines import open_lines, plan_lines
@@ -39,7 +39,7 @@ def parts(uri: str, config: IngestConfig) -> list[Part]:
     return [Part("jsonl", uri, base_name(uri), begin, end, first, columns) for begin, end, first in plan_lines(uri)]
 
 
-def read(part: Part, config: IngestConfig, limits: DecodeLimits) -> Iterator[Record]:
+def read(part: Part, config: IngestConfig) -> Iterator[Record]:
     """Each line of a part as a record; a malformed line is a record with a reason."""
     with open_lines(part.uri, part.begin, part.end) as lines:
         for number, (_, line) in enumerate(lines, part.first_row):
@@ -47,7 +47,7 @@ def read(part: Part, config: IngestConfig, limits: DecodeLimits) -> Iterator[Rec
             if fault:
                 yield Record(f"{part.name}/#{number}", reason="malformed line", detail=f"row {number + 1}: {fault}")
             else:
-                yield record_of(row, part, number, config, limits)
+                yield record_of(row, part, number, config)
 
 
 def _parse(line: bytes) -> tuple[dict[str, Any], str]:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from common.errors import SourceError
 from common.storage import Storage
-from extractor.config import DecodeLimits, IngestConfig
+from extractor.config import IngestConfig
 from extractor.sources.addresses import base_name
 from extractor.sources.columns import choose_columns, record_of
 from extractor.sources.lines import ROWS_PER_PART
@@ -43,7 +43,7 @@ def parts(uri: str, config: IngestConfig) -> list[Part]:
     return found
 
 
-def read(part: Part, config: IngestConfig, limits: DecodeLimits) -> Iterator[Record]:
+def read(part: Part, config: IngestConfig) -> Iterator[Record]:
     """Each row of a part as a record; a damaged page ends the part with one record that says so."""
     assert part.columns is not None, "tables are planned with their columns"
     assert part.end is not None, "Parquet is planned by row groups"
@@ -64,5 +64,5 @@ def read(part: Part, config: IngestConfig, limits: DecodeLimits) -> Iterator[Rec
             if batch is None:
                 return
             for row in batch.to_pylist():
-                yield record_of(row, part, number, config, limits)
+                yield record_of(row, part, number, config)
                 number += 1

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from common.storage import Storage
-from extractor.config import DecodeLimits, IngestConfig
+from extractor.config import IngestConfig
 from extractor.sources.addresses import base_name
 from extractor.sources.columns import USUAL_NAMES
 from extractor.sources.record import (
@@ -50,11 +50,11 @@ def parts(uri: str, config: IngestConfig) -> list[Part]:
     return [Part("webdataset", uri, base_name(uri))]
 
 
-def read(part: Part, config: IngestConfig, limits: DecodeLimits) -> Iterator[Record]:
+def read(part: Part, config: IngestConfig) -> Iterator[Record]:
     """Each sample of a tar as a record; a tar that breaks off ends with one record that says so."""
     storage = Storage(part.uri)
     with storage.fs.open(storage.path(), "rb") as stream:
-        for key, members in _samples(stream, limits.max_file_mib << 20):
+        for key, members in _samples(stream, config.limits.max_file_mib << 20):
             source_key = f"{part.name}/{clean_text(key) or '?'}"
             try:
                 yield _record(source_key, members, config)
@@ -155,7 +155,7 @@ def _metadata(content: bytes | RowFaultError | None) -> dict[str, Any]:
 
 
 def _lookup(metadata: dict[str, Any], what: str, config: IngestConfig) -> Any:
-    asked: str | None = getattr(config, f"{what}_column")
+    asked: str | None = getattr(config.columns, what)
     return next((metadata[name] for name in ((asked,) if asked else USUAL_NAMES[what]) if name in metadata), None)
 
 

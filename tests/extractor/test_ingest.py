@@ -13,7 +13,7 @@ from common.errors import SourceError
 from common.lake import create_lake, open_lake
 from common.schemas import PAIRS, REJECTS, check_table
 from extractor.commit import commit, first_of_each, plan_shards
-from extractor.config import DecodeLimits, IngestConfig
+from extractor.config import IngestConfig
 from extractor.ingest import describe, ingest
 from extractor.sources import plan_sources
 from extractor.staging import StagedPart, rejects_name, split_of, stage_part, staged_name
@@ -41,10 +41,9 @@ def source(tmp_path):
     return listing
 
 
-def stage_all(lake, source, config, limits=None):
-    limits = limits or DecodeLimits()
+def stage_all(lake, source, config):
     parts = plan_sources([str(source)], config)
-    return [stage_part(lake, "id", i, part, config, limits) for i, part in enumerate(parts)]
+    return [stage_part(lake, "id", i, part, config) for i, part in enumerate(parts)]
 
 
 def test_staged_rows_follow_the_contract(source, tmp_path):
@@ -81,7 +80,7 @@ def test_a_part_is_staged_in_several_files_of_bounded_size(source, tmp_path, mon
 
 def test_limits_and_settings_reach_the_decoder(source, tmp_path):
     lake = create_lake(str(tmp_path / "lake"), 2)
-    (done,) = stage_all(lake, source, IngestConfig(), DecodeLimits(max_pixels=70))
+    (done,) = stage_all(lake, source, IngestConfig(limits={"max_pixels": 70}))
     assert done.reasons == {"too many pixels": 1, "truncated": 1}
     (done,) = stage_all(lake, source, IngestConfig(min_contrast=0, max_side=4))
     table = lake.storage.read_table(staged_name("id", 0, 0))
@@ -178,7 +177,7 @@ def test_splits_follow_the_picture_and_the_fractions():
 def test_the_same_ingest_has_the_same_identity_and_a_changed_one_another(source):
     def identity(**settings):
         config = IngestConfig(**settings)
-        return describe(plan_sources([str(source)], config), config, DecodeLimits())
+        return describe(plan_sources([str(source)], config), config)
 
     first = identity()
     assert identity() == first
@@ -196,12 +195,12 @@ def test_from_object_storage_to_object_storage(source, s3, ray_free_tasks):
     rows = [json.loads(line) for line in source.read_text().splitlines()]
     lines = [json.dumps({**row, "image": f"../images/{row['image']}"}) for row in [*rows, {"image": "absent.png"}]]
     filesystem.pipe(f"{s3}/set/lists/pairs.jsonl", "\n".join(lines).encode())
-    report = ingest(f"{s3}/set/lists", f"{s3}/lake", IngestConfig(shard_rows=3), DecodeLimits())
+    report = ingest(f"{s3}/set/lists", f"{s3}/lake", IngestConfig(shard_rows=3))
     assert (report.input, report.pairs, report.rejects, report.duplicates, report.shards) == (8, 4, 3, 1, 2)
     lake = open_lake(f"{s3}/lake")
     assert lake.read_pairs(0)["image"][0].as_py() == png(0)
     assert lake.storage.list_files(f"ingest/{report.ingest_id}") == []
-    assert ingest(f"{s3}/set/lists", f"{s3}/lake", IngestConfig(shard_rows=3), DecodeLimits()).already_done
+    assert ingest(f"{s3}/set/lists", f"{s3}/lake", IngestConfig(shard_rows=3)).already_done
     written = b"".join(filesystem.cat(filesystem.find(f"{s3}/lake")).values())
     assert b"test-secret-canary" not in written
 
@@ -211,8 +210,8 @@ def test_a_source_without_one_usable_pair_is_an_error_and_can_be_mended(source, 
     listing = tmp_path / "later.jsonl"
     listing.write_text(json.dumps({"image": "later.png", "caption": "c"}))
     with pytest.raises(SourceError, match=r"not one usable pair: 1 rows read.*image not found 1.*later\.png"):
-        ingest(str(listing), lake, IngestConfig(), DecodeLimits())
+        ingest(str(listing), lake, IngestConfig())
     (tmp_path / "later.png").write_bytes(png(5))
-    assert ingest(str(listing), lake, IngestConfig(), DecodeLimits()).pairs == 1
+    assert ingest(str(listing), lake, IngestConfig()).pairs == 1
     with pytest.raises(SourceError, match="7 filtered out"):
-        ingest(str(source), lake, IngestConfig(keep_labels=("nothing",)), DecodeLimits())
+        ingest(str(source), lake, IngestConfig(keep_labels=("nothing",)))

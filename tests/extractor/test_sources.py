@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from common.errors import SourceError
-from extractor.config import DecodeLimits, IngestConfig
+from extractor.config import IngestConfig
 from extractor.sources import SOURCES, lines, plan_sources, read_part
 from extractor.sources.addresses import EXTENSIONS, expand_braces, image_address, shown
 from extractor.sources.record import MAX_CAPTION_CHARS, Part, RowFaultError, clean_captions, clean_text, is_kept
@@ -15,10 +15,10 @@ from extractor.sources.record import MAX_CAPTION_CHARS, Part, RowFaultError, cle
 PIXEL = b"\x89PNG the sources never look inside"
 
 
-def read(*sources, limits=None, **settings):
+def read(*sources, **settings):
     config = IngestConfig(**settings)
     parts = plan_sources([str(source) for source in sources], config)
-    return [record for part in parts for record in read_part(part, config, limits or DecodeLimits())]
+    return [record for part in parts for record in read_part(part, config)]
 
 
 def write_lines(path, *rows):
@@ -92,8 +92,8 @@ def test_a_source_that_cannot_be_read_says_what_to_do(tmp_path, source, words):
 
 def test_a_configured_column_that_is_absent_lists_those_present(folder):
     manifest = write_lines(folder / "p.jsonl", {"image": "images/a.png", "caption": "c"})
-    with pytest.raises(SourceError, match=r"no column 'titel'.*caption_column.*image, caption"):
-        read(manifest, caption_column="titel")
+    with pytest.raises(SourceError, match=r"no column 'titel'.*columns.caption.*image, caption"):
+        read(manifest, columns={"caption": "titel"})
 
 
 def test_jsonl_rows_become_records_and_bad_rows_have_reasons(folder):
@@ -172,7 +172,7 @@ def test_parquet_with_bytes_structs_and_paths(folder):
     pq.write_table(pa.table({"image": structs, "caption": ["one", "two", "three"]}), folder / "structs.parquet")
     pq.write_table(pa.table({"file_name": ["images/a.png"], "text": ["one"]}), folder / "paths.parquet")
 
-    found = read(folder / "bytes.parquet", limits=DecodeLimits(max_file_mib=1))
+    found = read(folder / "bytes.parquet", limits={"max_file_mib": 1})
     assert [(r.image, r.reason) for r in found] == [(PIXEL, None), (b"", "no image"), (b"", "file too large")]
     assert found[0].source_key == "bytes.parquet/#0"
     found = read(folder / "structs.parquet")

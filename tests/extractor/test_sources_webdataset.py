@@ -6,7 +6,7 @@ import tarfile
 
 import pytest
 
-from extractor.config import DecodeLimits, IngestConfig
+from extractor.config import IngestConfig
 from extractor.sources import plan_sources, read_part
 
 BOMB = b"cos\nsystem\n(S'touch /tmp/mmkd-pickle-was-run'\ntR."
@@ -25,13 +25,9 @@ def write_tar(path, members, mode="w"):
     return path
 
 
-def read(path, limits=None, **settings):
+def read(path, **settings):
     config = IngestConfig(**settings)
-    return [
-        record
-        for part in plan_sources([str(path)], config)
-        for record in read_part(part, config, limits or DecodeLimits())
-    ]
+    return [record for part in plan_sources([str(path)], config) for record in read_part(part, config)]
 
 
 @pytest.fixture
@@ -148,7 +144,7 @@ def test_samples_lacking_something_have_reasons(tmp_path):
             ("g.txt", b"its caption"),
         ],
     )
-    records = read(tar, DecodeLimits(max_file_mib=1))
+    records = read(tar, limits={"max_file_mib": 1})
     assert [record.reason for record in records] == [
         *("no caption", "no image", "malformed metadata", "malformed metadata", "caption too long", "file too large"),
         *(None, None),

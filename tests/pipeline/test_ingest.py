@@ -11,7 +11,7 @@ import pytest
 
 from common.errors import StorageError
 from common.lake import open_lake
-from extractor.config import DecodeLimits, IngestConfig
+from extractor.config import IngestConfig
 from extractor.ingest import ingest
 from extractor.sources import lines
 from extractor.staging import sample_id
@@ -36,7 +36,7 @@ def whole(ray_local, shared_data, tmp_path_factory):
     """The lake of an ingest that nobody disturbed: folder and report."""
     folder = tmp_path_factory.mktemp("whole") / "lake"
     source = shared_data / "captions-mixed" / "pairs.jsonl"
-    return folder, ingest(str(source), str(folder), CONFIG, DecodeLimits())
+    return folder, ingest(str(source), str(folder), CONFIG)
 
 
 def test_real_pairs_in_source_order(whole, shared_data):
@@ -61,7 +61,7 @@ def test_real_pairs_in_source_order(whole, shared_data):
 def test_a_second_run_does_nothing(whole, shared_data):
     folder, report = whole
     before = {name: path.stat().st_mtime_ns for name, path in files_below(folder).items()}
-    again = ingest(str(shared_data / "captions-mixed" / "pairs.jsonl"), str(folder), CONFIG, DecodeLimits())
+    again = ingest(str(shared_data / "captions-mixed" / "pairs.jsonl"), str(folder), CONFIG)
     assert again.already_done
     assert (again.pairs, again.modalities, again.ingest_id) == (report.pairs, report.modalities, report.ingest_id)
     assert {name: path.stat().st_mtime_ns for name, path in files_below(folder).items()} == before
@@ -69,9 +69,9 @@ def test_a_second_run_does_nothing(whole, shared_data):
 
 def test_a_second_source_brings_only_what_is_new(ray_local, shared_data, tmp_path):
     lake = str(tmp_path / "lake")
-    first = ingest(str(shared_data / "cap-covid-cxr" / "pairs.jsonl"), lake, CONFIG, DecodeLimits())
+    first = ingest(str(shared_data / "cap-covid-cxr" / "pairs.jsonl"), lake, CONFIG)
     rows = rows_of(lake)
-    both = ingest(str(shared_data / "captions-mixed" / "pairs.jsonl"), lake, CONFIG, DecodeLimits())
+    both = ingest(str(shared_data / "captions-mixed" / "pairs.jsonl"), lake, CONFIG)
     assert both.input == both.pairs + both.duplicates == 824
     assert both.duplicates > 0
     assert both.first_shard == first.shards
@@ -82,12 +82,12 @@ def test_a_second_source_brings_only_what_is_new(ray_local, shared_data, tmp_pat
 
 DRIVER = """
 import sys, ray
-from extractor.config import DecodeLimits, IngestConfig
+from extractor.config import IngestConfig
 from extractor.sources import lines
 lines.ROWS_PER_PART = 40
 ray.init(address=sys.argv[3], log_to_driver=False)
 from extractor.ingest import ingest
-ingest(sys.argv[1], sys.argv[2], IngestConfig(shard_rows=100), DecodeLimits())
+ingest(sys.argv[1], sys.argv[2], IngestConfig(shard_rows=100))
 """
 
 
@@ -120,7 +120,7 @@ def test_killed_while_reading_and_again_while_writing_ends_with_the_same_lake(
         (kept,) = lake.glob(f"ingest/*/{name}")
         assert kept.stat().st_mtime_ns == changed, "a finished part was read again"
     monkeypatch.setattr(lines, "ROWS_PER_PART", 40)
-    report = ingest(str(source), str(lake), CONFIG, DecodeLimits())
+    report = ingest(str(source), str(lake), CONFIG)
     assert (report.input, report.pairs, report.rejects) == (824, 824, 0)
     assert report.modalities == whole[1].modalities
     assert rows_of(lake) == rows_of(whole[0])

@@ -13,7 +13,7 @@ from PIL import Image
 from common.images import decode_rgb
 from common.lake import open_lake
 from common.sandbox import SandboxedDecoder
-from extractor.config import DecodeLimits, IngestConfig
+from extractor.config import IngestConfig
 from extractor.ingest import ingest
 
 pytestmark = pytest.mark.ray
@@ -55,7 +55,7 @@ def ingested(ray_local, files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("nasty")
     listing = folder / "nasty.jsonl"
     listing.write_text("".join(json.dumps({"image": str(f), "caption": f"about {f.name}"}) + "\n" for f in files))
-    report = ingest(str(listing), str(folder / "lake"), IngestConfig(), DecodeLimits())
+    report = ingest(str(listing), str(folder / "lake"), IngestConfig())
     lake = open_lake(str(folder / "lake"))
 
     def by_file(table):
@@ -198,7 +198,7 @@ def test_names_of_all_kinds_and_a_smaller_side(ray_local, files, tmp_path):
         (tmp_path / name).write_bytes(good + b"\0" * number)  # trailing bytes make each file another one
     listing = tmp_path / "odd.jsonl"
     listing.write_text("".join(json.dumps({"image": name, "caption": "c"}) + "\n" for name in odd))
-    report = ingest(str(listing), str(tmp_path / "lake"), IngestConfig(max_side=100), DecodeLimits())
+    report = ingest(str(listing), str(tmp_path / "lake"), IngestConfig(max_side=100))
     assert report.pairs == 5
     for row in open_lake(str(tmp_path / "lake")).read_pairs(0).to_pylist():
         assert Image.open(io.BytesIO(row["image"])).size == (row["width"], row["height"]) == (100, 75)
