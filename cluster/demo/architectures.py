@@ -3,7 +3,6 @@
 from typing import Any
 
 CONTEXT_LENGTH = 20
-IMAGE_SIZE = 64
 MEAN = (0.5, 0.5, 0.5)
 STD = (0.25, 0.25, 0.25)
 
@@ -11,43 +10,18 @@ STD = (0.25, 0.25, 0.25)
 # open_clip's own ModifiedResNet or a vision transformer of the same cost.
 IMAGE_TOWER = "test_resnet"
 
-SPECIALIST_MODALITIES = {  # teacher -> what it is trained on; every modality has two teachers
-    "chest": ("radiograph", "ultrasound"),
-    "abdomen": ("ultrasound", "histology"),
-    "tissue": ("histology", "fundus"),
-    "eye": ("fundus", "radiograph"),
-}
-SPECIALIST_EMBED_DIMS = {"chest": 64, "abdomen": 96, "tissue": 128, "eye": 96}
-STUDENT_EMBED_DIM = 64
 
-
-def small_clip(vocab_size: int, embed_dim: int) -> dict[str, Any]:
-    """A CLIP with a small residual network and a one-layer causal text transformer, for `open_clip.CLIP(**config)`.
+def small_clip(vocab_size: int, embed_dim: int, text_width: int = 64, image_size: int = 64) -> dict[str, Any]:
+    """A CLIP with timm's small residual network and a one-layer text transformer, for `open_clip.CLIP(**config)`.
 
     Args:
         vocab_size: The number of tokens of the tokenizer that goes into the model folder.
         embed_dim: The width of the embeddings.
+        text_width: The width of the text transformer, a multiple of 32.
+        image_size: The side of the pictures.
     """
-    return {
-        "embed_dim": embed_dim,
-        "vision_cfg": {
-            "timm_model_name": IMAGE_TOWER,
-            "timm_model_pretrained": False,
-            "timm_pool": "avg",
-            "timm_proj": "linear",
-            "image_size": IMAGE_SIZE,
-        },
-        "text_cfg": {
-            "context_length": CONTEXT_LENGTH,
-            "vocab_size": vocab_size,
-            # Any name makes open_clip read the tokenizer files that lie in the model folder itself.
-            "hf_tokenizer_name": "tokenizer-in-this-folder",
-            "width": 64,
-            "heads": 2,
-            "layers": 1,
-            "pool_type": "argmax",
-        },
-    }
+    vision = {"timm_model_name": IMAGE_TOWER, "timm_pool": "avg", "timm_proj": "linear", "image_size": image_size}
+    return {"embed_dim": embed_dim, "vision_cfg": vision, "text_cfg": _text(vocab_size, text_width, layers=1)}
 
 
 def model_folder_config(model: dict[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,15 @@
 """Losses against values worked out by hand, against finite differences, and across ranks."""
 
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from trainer.losses import (
     Affinity,
@@ -134,32 +138,32 @@ def _model_and_inputs():
     return torch.nn.Linear(4, 3, dtype=torch.float64), torch.randn(6, 2, 4, dtype=torch.float64)
 
 
-def _one_of_two(rank, address, queue):
-    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    model, inputs = _model_and_inputs()
-    parallel = torch.nn.parallel.DistributedDataParallel(model)
-    loss = _loss_of(parallel, inputs.chunk(2)[rank], gather_features)
-    loss.backward()
-    if rank == 0:
-        queue.put((loss.item(), [p.grad.tolist() for p in model.parameters()]))
-    distributed.barrier()
-    distributed.destroy_process_group()
-
-
 def test_two_ranks_have_the_gradient_of_one_rank(tmp_path):
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    address = f"file://{tmp_path}/meeting"
-    ranks = [context.Process(target=_one_of_two, args=(rank, address, queue)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-        assert process.exitcode == 0
-    loss, gradients = queue.get()
+    ranks = [
+        subprocess.Popen([sys.executable, __file__, str(rank), f"file://{tmp_path}/meeting", str(tmp_path / "result")])
+        for rank in range(2)
+    ]
+    assert [process.wait(120) for process in ranks] == [0, 0]
+    loss, gradients = json.loads((tmp_path / "result").read_text())
     model, inputs = _model_and_inputs()
     alone = _loss_of(model, inputs, lambda x: x)
     alone.backward()
     assert loss == pytest.approx(alone.item(), rel=1e-12)
     for ours, theirs in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(ours.grad, torch.tensor(theirs, dtype=torch.float64))
+
+
+def _one_of_two(rank, address, result):
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    model, inputs = _model_and_inputs()
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    loss = _loss_of(parallel, inputs.chunk(2)[rank], gather_features)
+    loss.backward()
+    if rank == 0:
+        Path(result).write_text(json.dumps([loss.item(), [p.grad.tolist() for p in model.parameters()]]))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":  # one of the two processes of the test above
+    _one_of_two(int(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -1,0 +1,215 @@
+"""Both stages on a local Ray: any number of workers, killed and resumed, refused when they should be."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common.errors import ClusterError, FingerprintError, LakeError, TrainError
+from common.storage import Storage
+from trainer.config import DataConfig, ModelConfig, OptimConfig, ScaleConfig, Stage1Config, Stage2Config
+
+pytestmark = pytest.mark.ray
+
+HELPERS = Path(__file__).parent.parent / "trainer" / "conftest.py"
+
+def helpers():
+    """The small lake's writers live with the trainer's unit tests; tests are not packages, so they come by path."""
+    spec = importlib.util.spec_from_file_location("small_lakes", HELPERS)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A lake of 96 pairs and a student, shared by the tests; each uses its own runs."""
+    root = tmp_path_factory.mktemp("train")
+    helpers().write_student(root / "student")
+    helpers().write_lake(str(root / "lake"))
+    return root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(place):
+    os.environ["MMKD_CACHE"] = str(place / "cache")
+    yield
+    del os.environ["MMKD_CACHE"]
+
+
+def stage1_config(place, **scale) -> Stage1Config:
+    return Stage1Config(
+        model=ModelConfig(architecture=str(place / "student")),
+        optim=OptimConfig(lr=1e-3, warmup_steps=5),
+        data=DataConfig(batch_size=16, lanes=4, tasks=1),
+        scale=ScaleConfig(log_every=1, checkpoint_every=3, **scale),
+        epochs=2,
+    )
+
+
+def stage2_config(**scale) -> Stage2Config:
+    base = stage1_config(Path("unused"), **scale)
+    return Stage2Config(optim=base.optim, data=base.data, scale=base.scale, epochs=2)
+
+
+def rows_of(place, run) -> list[dict]:
+    text = (place / "lake" / "runs" / run / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def same_course(left: list[dict], right: list[dict]) -> None:
+    """The same batches in the same order, and the same losses to float tolerance."""
+    assert [row["batch"] for row in left] == [row["batch"] for row in right]
+    for name in ("step", "epoch", "total", "contrastive", "lr"):
+        assert [row[name] for row in left] == pytest.approx([row[name] for row in right], rel=2e-3), name
+
+
+@pytest.fixture(scope="module")
+def one_worker(ray_local, place):
+    """A finished stage-1 run on one worker."""
+    from trainer.stage1 import train_stage1
+
+    return train_stage1(str(place / "lake"), "one", stage1_config(place))
+
+
+def test_stage_1_learns_and_leaves_checkpoints_metrics_and_a_result(place, one_worker):
+    from trainer.checkpoint import OPTIMIZER, load_checkpoint, newest_checkpoint
+    from trainer.objectives import ContrastiveObjective
+    from trainer.optim import build_optimizer, optimized
+    from trainer.record import Parts, restore
+    from trainer.student import Student
+
+    rows = rows_of(place, "one")
+    assert [row["step"] for row in rows] == list(range(1, one_worker.steps + 1))
+    assert rows[-1]["validation"] > 0
+    assert len({row["batch"] for row in rows}) == len(rows)
+    assert one_worker.metrics == rows[-1]
+    run = Storage(str(place / "lake" / "runs" / "one"))
+    assert newest_checkpoint(run).uri == one_worker.last
+    assert load_checkpoint(run.uri).uri == one_worker.checkpoint
+    # Everything that learns is in the checkpoint, and a student rebuilt from it alone takes it all back.
+    checkpoint = load_checkpoint(one_worker.last)
+    student, objective = Student(checkpoint.architecture()), ContrastiveObjective(0.07)
+    optimizer = build_optimizer({"student": student, "objective": objective}, OptimConfig())
+    saved = {key.rpartition("/")[0] for key in checkpoint.tensors(OPTIMIZER)}
+    assert saved == {name for name, _ in optimized(optimizer)}
+    restore(Parts(student, objective, optimizer), checkpoint)
+    assert checkpoint.state()["identity"]["stage"] == "stage1"
+
+
+def test_a_finished_run_does_nothing_again(place, one_worker):
+    from trainer.stage1 import train_stage1
+
+    before = (Path(one_worker.last) / "checkpoint.json").stat().st_mtime_ns
+    # How the work is spread is not part of what a run is.
+    again = train_stage1(str(place / "lake"), "one", stage1_config(place, workers=2))
+    assert again == one_worker
+    assert (Path(one_worker.last) / "checkpoint.json").stat().st_mtime_ns == before
+
+
+def test_the_name_of_another_run_is_refused(place, one_worker):
+    from trainer.stage1 import train_stage1
+
+    other = stage1_config(place).model_copy(update={"epochs": 3, "init_temperature": 0.1})
+    with pytest.raises(FingerprintError, match=r"config\.epochs: recorded 2, now 3; config\.init_temperature"):
+        train_stage1(str(place / "lake"), "one", other)
+
+
+def test_two_workers_train_as_one(place, one_worker):
+    from trainer.stage1 import train_stage1
+
+    train_stage1(str(place / "lake"), "two", stage1_config(place, workers=2))
+    same_course(rows_of(place, "one"), rows_of(place, "two"))
+
+
+def test_stage_2_starts_from_stage_1(place, one_worker):
+    from trainer.stage2 import train_stage2
+
+    lake = str(place / "lake")
+    result = train_stage2(lake, "distilled", f"{lake}/runs/one", stage2_config())
+    rows = rows_of(place, "distilled")
+    assert {"contrastive", "image_text", "image_image", "text_text", "total"} <= set(rows[0])
+    assert rows[-1]["image_text"] < rows[0]["image_text"]
+    assert all(row["image_image"] >= 0 for row in rows)
+    identity = json.loads((place / "lake/runs/distilled/run.json").read_text())["fingerprint"]
+    assert identity["selection"] == "sel"
+    assert set(identity["teachers"]) == {"alpha", "beta"}
+    assert result.steps == rows[-1]["step"]
+
+
+def test_stage_2_says_what_it_lacks(place, one_worker, tmp_path):
+    from trainer.stage2 import train_stage2
+
+    lake = str(place / "lake")
+    with pytest.raises(TrainError, match=r"Run `mmkd train stage1 .*` first, then `mmkd train stage2 .* --init"):
+        train_stage2(lake, "x", None, stage2_config())
+    with pytest.raises(TrainError, match="There is no checkpoint at"):
+        train_stage2(lake, "x", str(tmp_path), stage2_config())
+    unknown = stage2_config().model_copy(update={"teachers": ("gamma",)})
+    with pytest.raises(LakeError, match="does not cover gamma"):
+        train_stage2(lake, "x", one_worker.last, unknown)
+    helpers().write_lake(str(tmp_path / "bare"))
+    Storage(str(tmp_path / "bare")).remove("selection")
+    with pytest.raises(LakeError, match="Run `mmkd select"):
+        train_stage2(str(tmp_path / "bare"), "x", one_worker.last, stage2_config())
+
+
+def test_what_the_cluster_or_the_lanes_cannot_hold_is_refused(place, ray_local):
+    from trainer.stage1 import train_stage1
+
+    with pytest.raises(ClusterError, match="need 41 CPUs"):
+        train_stage1(str(place / "lake"), "x", stage1_config(place, workers=4, cpus_per_worker=10))
+    with pytest.raises(TrainError, match="not a multiple of scale.workers=3"):
+        train_stage1(str(place / "lake"), "x", stage1_config(place, workers=3))
+
+
+def test_a_workers_error_reaches_the_user_as_it_is(place, ray_local):
+    from trainer.stage1 import train_stage1
+
+    config = stage1_config(place)
+    model = config.model.model_copy(update={"weights": "/nowhere.safetensors"})
+    with pytest.raises(TrainError, match="neither a file nor a pretrained tag"):
+        train_stage1(str(place / "lake"), "bad-weights", config.model_copy(update={"model": model}))
+
+
+def driver(place, run) -> subprocess.Popen:
+    """A driver of its own, with its own Ray, that trains stage 1."""
+    code = (
+        "import sys, ray; sys.path.insert(0, sys.argv[3])\n"
+        "from trainer.config import Stage1Config\nfrom trainer.stage1 import train_stage1\n"
+        "ray.init(num_cpus=2, object_store_memory=1 << 28, include_dashboard=False)\n"
+        "train_stage1(sys.argv[1], sys.argv[2], Stage1Config.model_validate_json(sys.argv[4]))\n"
+    )
+    root = str(Path(__file__).parent.parent.parent)
+    config = stage1_config(place).model_dump_json()
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(place / "lake"), run, root, config], start_new_session=True
+    )
+
+
+def test_a_killed_driver_is_resumed_with_the_same_batches(place, one_worker):
+    from trainer.stage1 import train_stage1
+
+    process = driver(place, "killed")
+    first = place / "lake/runs/killed/checkpoints/step-00000003/checkpoint.json"
+    deadline = time.monotonic() + 120
+    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert first.exists()
+    assert not (place / "lake/runs/killed/result.json").exists()
+    # What a crash in the middle of a save leaves: a folder without its manifest.
+    torn = place / "lake/runs/killed/checkpoints/step-00000009"
+    torn.mkdir(exist_ok=True)
+    (torn / "checkpoint.json").unlink(missing_ok=True)
+    result = train_stage1(str(place / "lake"), "killed", stage1_config(place))
+    assert result.steps == one_worker.steps
+    same_course(rows_of(place, "one"), rows_of(place, "killed"))

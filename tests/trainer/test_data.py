@@ -1,0 +1,154 @@
+"""Batches from a lake: in order, with the teachers' vectors of the drawn caption, the same on any number of workers."""
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from common.errors import LakeError, TrainError
+from common.lake import Lake, open_lake
+from common.storage import Storage
+from trainer.architecture import read_architecture
+from trainer.config import DataConfig
+from trainer.data import TrainData, draw_caption, validation_batches
+from trainer.feed import local_batches, started
+from trainer.launch import build_order, find_rows
+from trainer.order import split_places
+
+CONFIG = DataConfig(batch_size=16, lanes=4, crop_scale=0.5)
+
+
+@pytest.fixture
+def data(tiny_lake, student_folder) -> TrainData:
+    lake = open_lake(tiny_lake)
+    rows = find_rows(lake, ("alpha", "beta"), "sel", 0)
+    order = build_order(rows, CONFIG, lake)
+    architecture = read_architecture(Storage(str(student_folder)))
+    return TrainData(tiny_lake, order, architecture, CONFIG.crop_scale, ("alpha", "beta"), "sel")
+
+
+def pairs_by_id(uri) -> dict[str, dict]:
+    lake = Lake(uri)
+    return {row["sample_id"]: row for shard in lake.shards() for row in lake.read_pairs(shard).to_pylist()}
+
+
+def teacher_by_id(uri, teacher) -> dict[str, tuple[dict, bool]]:
+    lake, found = Lake(uri), {}
+    for shard in lake.shards():
+        features = lake.read_features(teacher, shard).to_pylist()
+        admitted = lake.storage.read_table(f"selection/sel/teacher={teacher}/shard-{shard:06d}.parquet")["admitted"]
+        found.update({f["sample_id"]: (f, a) for f, a in zip(features, admitted.to_pylist(), strict=True)})
+    return found
+
+
+def test_only_admitted_train_rows_are_drawn_at_the_places_of_the_order(data, tiny_lake):
+    pairs, steps = pairs_by_id(tiny_lake), data.order.steps_per_epoch
+    for step, batch in enumerate(local_batches(data, 0, steps)):
+        assert np.array_equal(batch.place_B, data.order.step_places(step))
+        shards, rows = split_places(batch.place_B)
+        for sample_id, shard, row in zip(batch.sample_ids, shards, rows, strict=True):
+            assert int(sample_id, 16) == shard * 24 + row
+            assert pairs[sample_id]["split"] == "train"
+            assert int(sample_id, 16) % 7 != 0
+    assert step + 1 == steps
+
+
+def test_vectors_are_of_the_drawn_caption_and_masked_where_absent(data, tiny_lake):
+    pairs, seen = pairs_by_id(tiny_lake), set()
+    teachers = {name: teacher_by_id(tiny_lake, name) for name in data.teachers}
+    for step, batch in enumerate(local_batches(data, 0, 2 * data.order.steps_per_epoch)):
+        for i, sample_id in enumerate(batch.sample_ids):
+            which = draw_caption(0, data.order.epoch_of(step), sample_id, pairs[sample_id]["captions"])
+            seen.add(which)
+            for name, rows in batch.teachers.items():
+                stored, admitted = teachers[name][sample_id]
+                known = admitted and stored["image_embedding"] is not None
+                assert rows.image_mask_B[i] == rows.text_mask_B[i] == known
+                if known:
+                    text = [stored["text_embedding"], *stored["extra_text_embeddings"]][which]
+                    assert np.allclose(rows.text_BT[i], text)
+                    assert np.allclose(rows.image_BT[i], stored["image_embedding"])
+                elif stored["image_embedding"] is None:
+                    assert not rows.image_BT[i].any()
+    assert seen == {0, 1}
+    assert not all(rows.image_mask_B.all() for rows in batch.teachers.values())
+
+
+def test_workers_side_by_side_give_the_global_batch(data):
+    total = data.order.steps_per_epoch + 1
+    alone = list(local_batches(data, 0, total))
+    pairs = zip(*(local_batches(data, 0, total, rank, 2) for rank in range(2)), strict=True)
+    for one, (left, right) in zip(alone, pairs, strict=True):
+        assert one.sample_ids == left.sample_ids + right.sample_ids
+        assert np.array_equal(one.pixels_BHWC, np.concatenate([left.pixels_BHWC, right.pixels_BHWC]))
+        assert np.array_equal(one.tokens_BL, np.concatenate([left.tokens_BL, right.tokens_BL]))
+
+
+def test_resuming_repeats_the_same_crops_and_draws(data):
+    total = 2 * data.order.steps_per_epoch
+    whole, rest = list(local_batches(data, 0, total)), list(started(local_batches(data, 3, total)))
+    assert len(rest) == total - 3
+    for one, other in zip(whole[3:], rest, strict=True):
+        assert one.sample_ids == other.sample_ids
+        assert np.array_equal(one.pixels_BHWC, other.pixels_BHWC)
+        assert np.array_equal(one.tokens_BL, other.tokens_BL)
+
+
+def test_epochs_see_other_crops(data):
+    views: dict[str, list[bytes]] = {}
+    for batch in local_batches(data, 0, 2 * data.order.steps_per_epoch):
+        for sample_id, pixels in zip(batch.sample_ids, batch.pixels_BHWC, strict=True):
+            views.setdefault(sample_id, []).append(pixels.tobytes())
+    twice = [found for found in views.values() if len(found) == 2]
+    assert twice
+    assert all(first != second for first, second in twice)
+
+
+def test_validation_is_clean_and_always_the_same(data, tiny_lake):
+    places = find_rows(open_lake(tiny_lake), (), None, 0).validation
+    pairs = pairs_by_id(tiny_lake)
+    first, again = (list(validation_batches(data, places)) for _ in range(2))
+    assert len(places) > 1
+    assert sum(len(batch.sample_ids) for batch in first) == len(places)
+    assert {pairs[sample_id]["split"] for batch in first for sample_id in batch.sample_ids} == {"val"}
+    assert np.array_equal(first[0].pixels_BHWC, again[0].pixels_BHWC)
+    assert list(validation_batches(data, places[:0])) == []
+
+
+def test_a_teachers_shard_of_other_samples_is_refused(data, tiny_lake):
+    lake = Lake(tiny_lake)
+    name = "features/teacher=alpha/shard-000001.parquet"
+    table = lake.storage.read_table(name)
+    lake.storage.write_table(name, table.take(pa.array(range(table.num_rows - 1, -1, -1))))
+    with pytest.raises(LakeError, match="does not hold the same samples"):
+        list(local_batches(data, 0, data.order.steps_per_epoch))
+
+
+def test_a_picture_that_no_longer_decodes_is_named(data, tiny_lake):
+    lake = Lake(tiny_lake)
+    for shard in lake.shards():
+        table = lake.read_pairs(shard)
+        broken = pa.array([b"no picture"] * table.num_rows, pa.binary())
+        position = table.schema.get_field_index("image")
+        lake.storage.write_table(
+            f"pairs/shard-{shard:06d}.parquet", table.set_column(position, table.schema.field("image"), broken)
+        )
+    with pytest.raises(LakeError, match=r"16 pictures .* cannot be decoded.*: 0000"):
+        next(local_batches(data, 0, 1))
+
+
+def test_a_lake_smaller_than_a_batch_is_refused(tiny_lake):
+    lake = open_lake(tiny_lake)
+    rows = find_rows(lake, (), None, 0)
+    with pytest.raises(TrainError, match="fewer than one batch of 512"):
+        build_order(rows, DataConfig(batch_size=512), lake)
+
+
+def test_the_data_fingerprint_follows_ids_and_admissions(tiny_lake):
+    lake = open_lake(tiny_lake)
+    everything, admitted = find_rows(lake, (), None, 0), find_rows(lake, ("beta",), "sel", 0)
+    assert everything.identity != admitted.identity
+    assert everything.identity == find_rows(lake, (), None, 1).identity
+    assert sum(map(len, admitted.train)) < sum(map(len, everything.train))
+    assert dataclasses.asdict(everything)["shards"] == (0, 1, 2, 3)
