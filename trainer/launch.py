@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -208,6 +209,7 @@ def fit(lake: Lake, run: str, job: Job, data: TrainData, placement: Placement) -
 
     from trainer.worker import train_worker
 
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     resources = {"CPU": job.scale.cpus_per_worker, **({"GPU": 1.0} if placement.gpu else {})}
     trainer = TorchTrainer(
         train_worker,

@@ -136,11 +136,12 @@ class Recorder:
             "randomness": {"seed": self.data.order.seed, "keys": "purpose, epoch or step, sample or position"},
             "created_at": now(),
         }
-        save_checkpoint(self.run, report.step, tensors, state, self.data.architecture)
+        # The checkpoint comes last of the three: after a kill between them its step is done, and noted, once more.
+        self._write_metrics()
         if "validation" in row:
             record_best(self.run, report.step, row["validation"])
+        save_checkpoint(self.run, report.step, tensors, state, self.data.architecture)
         prune(self.run, self.job.scale.keep_checkpoints)
-        self._write_metrics()
 
     def _write_metrics(self) -> None:
         text = "".join(json.dumps(row) + "\n" for row in self.rows)

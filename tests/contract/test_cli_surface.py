@@ -1,8 +1,10 @@
 """The frozen command-line surface: a new command or option is a decision, made here too."""
 
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -53,26 +55,66 @@ def test_every_command_and_option_explains_itself(path):
         assert re.search(r"Example: mmkd " + path, command.help), f"{path} shows no example"
 
 
+@pytest.fixture
+def mistakes(tmp_path) -> Path:
+    """A folder with what the mistakes below need."""
+    (tmp_path / "captions.csv").write_text("image,words\na.png,hello\n")
+    (tmp_path / "bad.yaml").write_text("mine: {path: x, famly: hf_clip}\n")
+    old = tmp_path / "old-lake"
+    old.mkdir()
+    (old / "lake.json").write_text('{"schema_version": 99, "shard_rows": 8}')
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+MISTAKES = [
+    (["extract", "{tmp}/none", "--teachers", "plip"], "There is no lake at"),
+    (["extract", "{tmp}/old-lake", "--teachers", "plip"], "written with schema 99; this program reads schema 1"),
+    (["select", "{tmp}/old-lake"], "written with schema 99"),
+    (["ingest", "{tmp}/none.jsonl", "{tmp}/lake"], "none.jsonl"),
+    (["ingest", "{tmp}/captions.csv", "{tmp}/lake"], "no caption column .* Its columns are: image, words"),
+    (["ingest", "{tmp}/captions.csv", "{tmp}/lake", "--caption-column", "text"], "no column 'text'"),
+    (["select", "{tmp}/none"], "There is no lake at"),
+    (["train", "stage1", "{tmp}/none"], "There is no lake at"),
+    (["train", "stage2", "{tmp}/none"], "There is no lake at"),
+    (["select", "{tmp}", "--set", "keep=1"], "keep is not a setting"),
+    (["extract", "{tmp}", "--config", "{tmp}/none.yaml"], "No configuration file"),
+    (["teachers", "show", "nobody"], "Unknown model 'nobody'. Known: .*plip"),
+    (["teachers", "list", "--catalog", "{tmp}/bad.yaml"], "model mine in .* famly is not a setting"),
+    (["evaluate", "{tmp}/none", "--models", "nobody"], "There is no lake at"),
+    (["export", "{tmp}/empty", "{tmp}/out"], "empty"),
+    (["demo", "--lake", "s3://bucket/x"], "local folder"),
+    (["submit", "--address", "http://127.0.0.1:9", "--", "doctor"], "No Ray job server answers at http://127.0.0.1:9"),
+]
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["extract", "{tmp}/none", "--teachers", "plip"], "There is no lake at"),
-        (["ingest", "{tmp}/none.jsonl", "{tmp}/lake"], "none.jsonl"),
-        (["select", "{tmp}/none"], "There is no lake at"),
-        (["train", "stage2", "{tmp}/none"], "There is no lake at|mmkd train stage1"),
-        (["select", "{tmp}", "--set", "keep=1"], "keep is not a setting"),
-        (["extract", "{tmp}", "--config", "{tmp}/none.yaml"], "No configuration file"),
-        (["teachers", "show", "nobody"], "Unknown model 'nobody'"),
-        (["evaluate", "{tmp}/none", "--models", "nobody"], "nobody|no lake"),
-        (["export", "{tmp}/none", "{tmp}/out"], "none"),
-    ],
+    ("arguments", "message"), MISTAKES, ids=lambda value: value if isinstance(value, str) else None
 )
-def test_a_users_mistake_is_one_paragraph_and_exit_code_1(arguments, message, tmp_path):
-    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
-    done = subprocess.run(
-        [sys.executable, "-m", "cluster.cli", *arguments], capture_output=True, text=True, check=False
-    )
+def test_a_users_mistake_is_one_paragraph_and_exit_code_1(arguments, message, mistakes):
+    assert_one_paragraph([argument.format(tmp=mistakes) for argument in arguments], message)
+
+
+def test_missing_credentials_are_one_paragraph(s3):
+    nobody = {"AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent"}
+    keep = {key: value for key, value in os.environ.items() if not key.endswith(("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"))}
+    assert_one_paragraph(["select", f"{s3}/lake"], "credentials", {**keep, **nobody})
+
+
+def test_wrong_credentials_are_one_paragraph(tmp_path, monkeypatch):
+    # A closed port stands for an endpoint that refuses: nothing answers there.
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-canary")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    assert_one_paragraph(["select", "s3://bucket/lake"], "AWS_ENDPOINT_URL")
+
+
+def assert_one_paragraph(arguments: list[str], message: str, environment: dict[str, str] | None = None) -> None:
+    command = [sys.executable, "-m", "cluster.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
+    assert "canary" not in done.stderr
     said = " ".join(done.stderr[done.stderr.index("mmkd: ") :].split())
     assert re.search(message, said), said

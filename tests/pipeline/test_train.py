@@ -19,6 +19,7 @@ pytestmark = pytest.mark.ray
 
 HELPERS = Path(__file__).parent.parent / "trainer" / "conftest.py"
 
+
 def helpers():
     """The small lake's writers live with the trainer's unit tests; tests are not packages, so they come by path."""
     spec = importlib.util.spec_from_file_location("small_lakes", HELPERS)
