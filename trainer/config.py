@@ -94,7 +94,9 @@ class ScaleConfig(StrictModel):
     workers: PositiveInt = Field(1, description="Ray Train workers; with GPUs, one each.")
     use_gpu: bool | None = Field(None, description="None: use GPUs when the cluster has them.")
     cpus_per_worker: float = Field(1.0, gt=0, description="CPUs reserved for each worker beside the decode tasks.")
-    threads: int = Field(0, ge=0, description="torch threads per worker on a CPU; 0 leaves torch's default.")
+    threads: int = Field(
+        0, ge=0, description="torch threads per worker on a CPU; 0 takes the cores that decoding leaves."
+    )
     accumulate: PositiveInt = Field(1, description="Micro-batches per step, for batches that do not fit the device.")
     checkpoint_every: PositiveInt = Field(500, description="Steps between checkpoints.")
     keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints kept, beside the best one.")

@@ -24,10 +24,9 @@ from trainer.architecture import Architecture
 from trainer.config import DataConfig, ScaleConfig, Stage1Config, Stage2Config
 from trainer.data import TrainData, selection_folder
 from trainer.order import Order
-from trainer.record import RESULT, Job
+from trainer.record import ERROR, RESULT, Job
 
 VALIDATION_ROWS = 512
-ERROR = "error.json"
 RUN = "run.json"
 
 
@@ -122,6 +121,8 @@ class Placement:
     gpu: bool
     in_process: bool
     """Train inside this process, which saves the fifteen seconds that Ray Train's own processes take to start."""
+    threads: int
+    """Of torch in each worker on a CPU; 0 leaves Ray's choice, one for each CPU reserved."""
 
 
 def check_cluster(scale: ScaleConfig, data: DataConfig) -> Placement:
@@ -152,7 +153,11 @@ def check_cluster(scale: ScaleConfig, data: DataConfig) -> Placement:
             f"{scale.workers} workers need a GPU each and the cluster has {gpus:g}. Lower scale.workers or set "
             "scale.use_gpu=false."
         )
-    return Placement(gpu, in_process)
+    threads = scale.threads
+    if in_process and not threads:
+        # Decoding needs its cores: two torch threads that wait for a third party's core ran at a tenth of one's speed.
+        threads = max(1, min(int(cpus), os.cpu_count() or 1) - data.tasks)
+    return Placement(gpu, in_process, threads)
 
 
 def run_identity(

@@ -9,7 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,7 +57,6 @@ class StepReport:
     seconds: float
     """Time of the whole step, waiting included."""
     skipped: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def train(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from trainer.student import Student
 
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
+ERROR = "error.json"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Job:
     scale: ScaleConfig
     tasks: int
     gpu: bool
+    threads: int
     total_steps: int
     objective: Callable[[], Objective]
     start: Callable[[Student], None]
@@ -92,6 +95,8 @@ class Recorder:
         self.seconds += report.seconds
         self.waited += report.wait_seconds
         self.samples += self.data.order.batch_size
+        if self.progress.done == 0:
+            self.progress.started = time.monotonic()  # the wait for the first batch would spoil the rate
         self.progress.advance(1, f"loss {report.terms['total']:.3f}")
         if places is not None:
             self.rows.append(self._row(report, places))

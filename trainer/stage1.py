@@ -39,6 +39,7 @@ def train_stage1(lake_uri: str, run: str, config: Stage1Config) -> TrainResult:
         scale=config.scale,
         tasks=config.data.tasks,
         gpu=placement.gpu,
+        threads=placement.threads,
         total_steps=order.steps_per_epoch * config.epochs,
         objective=functools.partial(ContrastiveObjective, config.init_temperature),
         start=functools.partial(_start, config.model),

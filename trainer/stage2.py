@@ -57,6 +57,7 @@ def train_stage2(lake_uri: str, run: str, init: str | None, config: Stage2Config
         scale=config.scale,
         tasks=config.data.tasks,
         gpu=placement.gpu,
+        threads=placement.threads,
         total_steps=order.steps_per_epoch * config.epochs,
         objective=functools.partial(DistillObjective, config.distill, scales, start_scale),
         start=functools.partial(_start, checkpoint.uri),

@@ -24,10 +24,8 @@ from trainer.feed import quiet_libraries, ray_batches, started
 from trainer.loop import LoopPlan, train
 from trainer.losses import gather_constant
 from trainer.optim import build_optimizer
-from trainer.record import Job, Parts, Recorder, restore
+from trainer.record import ERROR, Job, Parts, Recorder, restore
 from trainer.student import Student
-
-ERROR = "error.json"
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -57,8 +55,8 @@ def run_job(job: Job, data_ref: ray.ObjectRef, run: Storage) -> None:
     rank, workers = context.get_world_rank(), context.get_world_size()
     data: TrainData = ray.get(data_ref)
     device = get_device() if job.gpu else torch.device("cpu")
-    if job.scale.threads and device.type == "cpu":
-        torch.set_num_threads(job.scale.threads)
+    if job.threads and device.type == "cpu":
+        torch.set_num_threads(job.threads)
     first_step = agree_on_start(run, rank, device)
     batches = started(ray_batches(data_ref, first_step, job.total_steps, rank, workers, job.tasks))
     parts = prepare(job, data, run, first_step, device)

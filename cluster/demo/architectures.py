@@ -30,24 +30,6 @@ def model_folder_config(model: dict[str, Any]) -> dict[str, Any]:
     return {"model_cfg": model, "preprocess_cfg": preprocess}
 
 
-def resnet(vocab_size: int, embed_dim: int, width: int, text_width: int = 64, image_size: int = 64) -> dict[str, Any]:
-    """A CLIP with a four-stage ModifiedResNet, one block a stage; `width` scales every stage."""
-    return {
-        "embed_dim": embed_dim,
-        "vision_cfg": {"layers": [1, 1, 1, 1], "width": width, "head_width": 32, "image_size": image_size},
-        "text_cfg": _text(vocab_size, text_width, layers=1),
-    }
-
-
-def vit(vocab_size: int, embed_dim: int, width: int, text_width: int = 64, image_size: int = 64) -> dict[str, Any]:
-    """A CLIP with a four-layer vision transformer over 8 x 8 pixel patches."""
-    return {
-        "embed_dim": embed_dim,
-        "vision_cfg": {"layers": 4, "width": width, "head_width": 32, "patch_size": 8, "image_size": image_size},
-        "text_cfg": _text(vocab_size, text_width, layers=1),
-    }
-
-
 def _text(vocab_size: int, width: int, layers: int) -> dict[str, Any]:
     """A causal text transformer that pools at the end-of-text token."""
     return {

@@ -29,7 +29,7 @@ class Clock:
     """Announces each step with its number, and how long is left judging by the typical share of each step."""
 
     # Shares of the whole on two cores, measured; only used to tell people how long it will take.
-    SHARES = (0.06, 0.20, 0.05, 0.09, 0.01, 0.22, 0.27, 0.06, 0.04)
+    SHARES = (0.02, 0.30, 0.04, 0.11, 0.005, 0.21, 0.285, 0.02, 0.01)
 
     def __init__(self) -> None:
         self.started = time.monotonic()
@@ -119,7 +119,7 @@ def train_specialists(home: Path, config: DemoConfig, clock: Clock) -> list[str]
     for specialist in SPECIALISTS:
         folder = home / "teachers" / specialist.name
         if not (folder / "open_clip_model.safetensors").exists():
-            counts = dict.fromkeys(specialist.modalities, config.teacher_pictures)
+            counts = {"train": config.teacher_pictures}
             own = list(specialist_pairs(config.seed, specialist.modalities, counts))
             corpus = make_corpus([pair.image for pair in own], [pair.captions for pair in own], config.image_size)
             train_specialist(specialist, corpus, folder, config)
@@ -182,7 +182,7 @@ def steps(
     clock.step("every teacher embeds every pair -> features/")
     extract(lake.uri, ExtractConfig(teachers=tuple(teachers), catalog=catalog, micro_batch=128))
     clock.step("which teacher may speak for which sample -> selection/")
-    select(lake.uri, SelectConfig())
+    select(lake.uri, SelectConfig(min_skill=config.min_skill))
     stage1, stage2 = student_config(lake, home, config)
     clock.step("contrastive pre-training of the student on the pairs alone -> runs/stage1")
     first = train_stage1(lake.uri, "stage1", stage1)

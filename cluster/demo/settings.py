@@ -16,18 +16,18 @@ from common.lake import Lake
 from trainer.config import DataConfig, DistillConfig, ModelConfig, OptimConfig, ScaleConfig, Stage1Config, Stage2Config
 
 SPECIALISTS = (
-    Specialist("chest", ("radiograph",), "resnet", 96, 16),
-    Specialist("sono", ("ultrasound",), "resnet", 64, 16),
-    Specialist("patho", ("histology",), "resnet", 128, 16),
-    Specialist("retina", ("fundus",), "resnet", 64, 16),
+    Specialist("chest", ("radiograph",), 96),
+    Specialist("sono", ("ultrasound",), 64),
+    Specialist("patho", ("histology",), 128),
+    Specialist("retina", ("fundus",), 64),
 )
-STUDENT = Specialist("student", (), "resnet", 96, 24)
+STUDENT_DIM = 96
 
 
 def specialist_for(modality: str, position: int) -> Specialist:
     """A specialist for a modality of the user's own pairs."""
     name = re.sub(r"[^a-z0-9]+", "-", modality.lower()).strip("-") or "unknown"
-    return Specialist(f"expert-{name}", (modality,), "resnet", (64, 96, 128)[position % 3], 16)
+    return Specialist(f"expert-{name}", (modality,), (64, 96, 128)[position % 3])
 
 
 def student_config(lake: Lake, home: Path, config: DemoConfig) -> tuple[Stage1Config, Stage2Config]:
@@ -42,15 +42,19 @@ def student_config(lake: Lake, home: Path, config: DemoConfig) -> tuple[Stage1Co
         captions.update(pc.list_flatten(train["captions"]).to_pylist())
     if not (folder / "open_clip_config.json").exists():
         words = sorted(captions)
-        write_model_folder(folder, STUDENT.tower, STUDENT.embed_dim, STUDENT.width, config.image_size, words)
+        write_model_folder(folder, STUDENT_DIM, config.image_size, words)
     batch = min(config.student_batch, max(4, rows // 8 * 4))
-    optim = OptimConfig(lr=config.student_lr, warmup_steps=20, weight_decay=0.1)
+    optim1, optim2 = (
+        OptimConfig(lr=lr, warmup_steps=max(1, epochs * (rows // batch) // 10), weight_decay=0.1)
+        for lr, epochs in ((config.stage1_lr, config.stage1_epochs), (config.stage2_lr, config.stage2_epochs))
+    )
     data = DataConfig(batch_size=batch, lanes=4, crop_scale=0.8, seed=config.seed)
     scale = ScaleConfig(checkpoint_every=100, log_every=5)
     stage1 = Stage1Config(
-        model=ModelConfig(architecture=str(folder)), optim=optim, data=data, scale=scale, epochs=config.stage1_epochs
+        model=ModelConfig(architecture=str(folder)), optim=optim1, data=data, scale=scale, epochs=config.stage1_epochs
     )
-    stage2 = Stage2Config(distill=DistillConfig(), optim=optim, data=data, scale=scale, epochs=config.stage2_epochs)
+    distill = DistillConfig(image_text=3, image_image=3, text_text=3)
+    stage2 = Stage2Config(distill=distill, optim=optim2, data=data, scale=scale, epochs=config.stage2_epochs)
     return stage1, stage2
 
 

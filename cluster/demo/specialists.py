@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cluster.config import DemoConfig
-from cluster.demo.architectures import model_folder_config, resnet, vit
+from cluster.demo.architectures import model_folder_config, small_clip
 from cluster.demo.tokenizer import build_tokenizer
 from common.images import decode_rgb, fit
 from common.logs import Progress
@@ -34,7 +34,6 @@ from trainer.optim import build_optimizer
 from trainer.student import Student
 
 SHIFT = 4  # pixels a training picture may move in each direction
-ARCHITECTURES = {"resnet": resnet, "vit": vit}
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,7 @@ class Specialist:
 
     name: str
     modalities: tuple[str, ...]
-    tower: str
-    """resnet or vit."""
     embed_dim: int
-    width: int
 
 
 @dataclass(frozen=True)
@@ -72,12 +68,12 @@ def _decoded(image: bytes) -> Image.Image:
     return decode_rgb(image)
 
 
-def write_model_folder(folder: Path, tower: str, embed_dim: int, width: int, size: int, captions: list[str]) -> None:
+def write_model_folder(folder: Path, embed_dim: int, size: int, captions: list[str]) -> None:
     """An open_clip folder without weights: configuration and a tokenizer built from the captions."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(captions)
     tokenizer.save_pretrained(folder)
-    model = ARCHITECTURES[tower](len(tokenizer), embed_dim, width, image_size=size)
+    model = small_clip(len(tokenizer), embed_dim, image_size=size)
     (folder / "open_clip_config.json").write_text(json.dumps(model_folder_config(model), indent=2) + "\n")
 
 
@@ -85,9 +81,7 @@ def train_specialist(specialist: Specialist, corpus: Corpus, folder: Path, confi
     """Train one teacher and leave it in ``folder``; a folder that already has weights is kept as it is."""
     if (folder / "open_clip_model.safetensors").exists():
         return
-    write_model_folder(
-        folder, specialist.tower, specialist.embed_dim, specialist.width, config.image_size, corpus.all_captions
-    )
+    write_model_folder(folder, specialist.embed_dim, config.image_size, corpus.all_captions)
     torch.manual_seed(seed_of(config.seed, specialist.name) % 2**63)
     architecture = read_architecture(Storage(str(folder)))
     student, objective = Student(architecture), ContrastiveObjective(init_temperature=0.07)

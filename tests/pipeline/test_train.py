@@ -181,21 +181,20 @@ def test_a_workers_error_reaches_the_user_as_it_is(place, ray_local):
 
 
 def driver(place, run) -> subprocess.Popen:
-    """A driver of its own, with its own Ray, that trains stage 1."""
+    """A driver of its own, with its own Ray, that trains stage 1 on two workers."""
     code = (
         "import sys, ray; sys.path.insert(0, sys.argv[3])\n"
         "from trainer.config import Stage1Config\nfrom trainer.stage1 import train_stage1\n"
-        "ray.init(num_cpus=2, object_store_memory=1 << 28, include_dashboard=False)\n"
+        "ray.init(num_cpus=3, object_store_memory=1 << 28, include_dashboard=False)\n"
         "train_stage1(sys.argv[1], sys.argv[2], Stage1Config.model_validate_json(sys.argv[4]))\n"
     )
     root = str(Path(__file__).parent.parent.parent)
-    config = stage1_config(place).model_dump_json()
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(place / "lake"), run, root, config], start_new_session=True
-    )
+    config = stage1_config(place, workers=2).model_dump_json()
+    command = [sys.executable, "-c", code, str(place / "lake"), run, root, config]
+    return subprocess.Popen(command, start_new_session=True)
 
 
-def test_a_killed_driver_is_resumed_with_the_same_batches(place, one_worker):
+def test_a_run_killed_on_two_workers_goes_on_with_one_and_the_same_batches(place, one_worker):
     from trainer.stage1 import train_stage1
 
     process = driver(place, "killed")
