@@ -65,11 +65,6 @@ class Batch:
     teachers: dict[str, TeacherRows]
 
 
-def selection_folder(fingerprint: str, teacher: str) -> str:
-    """Folder of one teacher's selection, relative to the lake."""
-    return f"selection/{fingerprint}/teacher={teacher}"
-
-
 def read_blocks(data: TrainData, segment: Segment, lanes: range) -> Iterator[pa.Table]:
     """Read a segment's shards once and give its rows in their final order, as blocks of whole steps.
 
@@ -102,15 +97,36 @@ def read_shard(data: TrainData, lake: Lake, shard: int) -> pa.Table:
     pairs = lake.read_pairs(shard, PAIR_COLUMNS).combine_chunks()
     joined = pairs
     for teacher in data.teachers:
-        features = lake.read_features(teacher, shard, FEATURE_COLUMNS)
+        try:
+            features = lake.read_features(teacher, shard, FEATURE_COLUMNS)
+        except FileNotFoundError as error:
+            raise LakeError(
+                f"{data.lake_uri} has no embeddings of teacher {teacher!r} for shard {shard}. Run `mmkd extract` "
+                "again: it computes only what is missing."
+            ) from error
         check_same_samples(features, pairs, f"{data.lake_uri}/{lake.features_folder(teacher)}/{shard_name(shard)}")
         for column in FEATURE_COLUMNS[1:]:
             joined = joined.append_column(f"{teacher}/{column}", features[column].combine_chunks())
-        name = f"{selection_folder(str(data.selection), teacher)}/{shard_name(shard)}"
-        selection = lake.storage.read_table(name, ["sample_id", "admitted"])
-        check_same_samples(selection, pairs, f"{data.lake_uri}/{name}")
+        selection = read_selection(lake, str(data.selection), teacher, shard, pairs)
         joined = joined.append_column(f"{teacher}/admitted", selection["admitted"].combine_chunks())
     return joined
+
+
+def read_selection(lake: Lake, fingerprint: str, teacher: str, shard: int, pairs: pa.Table) -> pa.Table:
+    """Which rows of a shard a teacher may speak for; the ids are compared with the pairs'.
+
+    Raises:
+        LakeError: The selection does not cover this shard, or was made for other samples.
+    """
+    name = f"selection/{fingerprint}/teacher={teacher}/{shard_name(shard)}"
+    try:
+        table = lake.storage.read_table(name, ["sample_id", "admitted"])
+    except FileNotFoundError as error:
+        raise LakeError(
+            f"{lake.uri}/{name} is missing: pairs were added after the selection was made. Run `mmkd select` again."
+        ) from error
+    check_same_samples(table, pairs, f"{lake.uri}/{name}")
+    return table
 
 
 def _block(data: TrainData, epoch: int | None, places: np.ndarray, shards: dict[int, pa.Table]) -> pa.Table:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
+from common import errors
+from common.errors import MmkdError
 from trainer.data import Batch, TrainData, decode_block, read_blocks, split_batches
 from trainer.order import Segment, worker_lanes
 
@@ -52,7 +54,7 @@ def ray_batches(
     # One dataset spans many epochs, since each start costs a second; a bound keeps the list of inputs short.
     while chunk := list(itertools.islice(segments, SEGMENTS_PER_DATASET)):
         for blob in _stream(data, chunk, lanes, tasks):
-            yield from split_batches(known, _unpack(blob), rows)
+            yield from split_batches(known, _checked(_unpack(blob)), rows)
 
 
 def quiet_libraries() -> None:
@@ -111,15 +113,39 @@ def _read_task(items: dict[str, Any], data: ray.ObjectRef, lanes: range) -> Iter
     known: TrainData = ray.get(data)
     for i in range(len(items["epoch"])):
         segment = Segment(**{name: int(values[i]) for name, values in items.items()})
-        for block in read_blocks(known, segment, lanes):
-            yield _pack(block)
+        try:
+            for block in read_blocks(known, segment, lanes):
+                yield _pack(block)
+        except MmkdError as error:
+            yield _pack(_error_block(error))
 
 
 def _decode_task(table: pa.Table, data: ray.ObjectRef) -> pa.Table:
     import ray
 
     known: TrainData = ray.get(data)
-    return pa.concat_tables([_pack(decode_block(known, _unpack(blob))) for blob in table["block"]])
+    return pa.concat_tables([_pack(_decode_or_say(known, _unpack(blob))) for blob in table["block"]])
+
+
+def _decode_or_say(data: TrainData, block: pa.Table) -> pa.Table:
+    """A mistake the user can mend travels as a block: Ray Data would bury it under exceptions of its own."""
+    if "error" in block.column_names:
+        return block
+    try:
+        return decode_block(data, block)
+    except MmkdError as error:
+        return _error_block(error)
+
+
+def _error_block(error: MmkdError) -> pa.Table:
+    return pa.table({"error": [type(error).__name__], "message": [str(error)]})
+
+
+def _checked(block: pa.Table) -> pa.Table:
+    """The block, or the error that took its place."""
+    if "error" in block.column_names:
+        raise errors.__dict__[block["error"][0].as_py()](block["message"][0].as_py())
+    return block
 
 
 def _pack(block: pa.Table) -> pa.Table:

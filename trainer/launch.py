@@ -16,13 +16,13 @@ import ray
 from common import errors
 from common.config import fingerprint
 from common.errors import ClusterError, TrainError
-from common.lake import Lake, check_same_samples, claim_partition, shard_name
+from common.lake import Lake, claim_partition
 from common.logs import logger
 from common.seeding import rng
 from common.storage import Storage
 from trainer.architecture import Architecture
 from trainer.config import DataConfig, ScaleConfig, Stage1Config, Stage2Config
-from trainer.data import TrainData, selection_folder
+from trainer.data import TrainData, read_selection
 from trainer.order import Order
 from trainer.record import ERROR, RESULT, Job
 
@@ -65,7 +65,8 @@ def find_rows(lake: Lake, teachers: tuple[str, ...], selection: str | None, seed
         split = pairs["split"].to_numpy()
         wanted = split == "train"
         if teachers:
-            wanted &= np.any([_admitted(lake, str(selection), name, shard, pairs) for name in teachers], axis=0)
+            said = [read_selection(lake, str(selection), name, shard, pairs)["admitted"] for name in teachers]
+            wanted &= np.any([admitted.to_numpy() for admitted in said], axis=0)
         rows = np.flatnonzero(wanted).astype(np.int32)
         return rows, np.flatnonzero(split == "val"), fingerprint([pairs["sample_id"].to_pylist(), rows.tolist()])
 
@@ -79,13 +80,6 @@ def find_rows(lake: Lake, teachers: tuple[str, ...], selection: str | None, seed
         validation=_validation_sample(validation, seed),
         identity=fingerprint([digest for _, _, digest in found]),
     )
-
-
-def _admitted(lake: Lake, selection: str, teacher: str, shard: int, pairs: Any) -> np.ndarray:
-    name = f"{selection_folder(selection, teacher)}/{shard_name(shard)}"
-    table = lake.storage.read_table(name, ["sample_id", "admitted"])
-    check_same_samples(table, pairs, f"{lake.uri}/{name}")
-    return np.asarray(table["admitted"].to_numpy())
 
 
 def _validation_sample(places_by_shard: list[np.ndarray], seed: int) -> np.ndarray:

@@ -180,6 +180,15 @@ def test_a_workers_error_reaches_the_user_as_it_is(place, ray_local):
         train_stage1(str(place / "lake"), "bad-weights", config.model_copy(update={"model": model}))
 
 
+def test_a_broken_shard_is_one_clear_error(ray_local, place, one_worker, tmp_path):
+    from trainer.stage2 import train_stage2
+
+    lake = helpers().write_lake(str(tmp_path / "lake"))
+    Storage(lake).remove("features/teacher=alpha/shard-000001.parquet")
+    with pytest.raises(LakeError, match="no embeddings of teacher 'alpha' for shard 1"):
+        train_stage2(lake, "x", one_worker.last, stage2_config())
+
+
 def driver(place, run) -> subprocess.Popen:
     """A driver of its own, with its own Ray, that trains stage 1 on two workers."""
     code = (

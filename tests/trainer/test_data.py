@@ -138,6 +138,15 @@ def test_a_picture_that_no_longer_decodes_is_named(data, tiny_lake):
         next(local_batches(data, 0, 1))
 
 
+def test_missing_shards_say_what_to_run(data, tiny_lake):
+    Lake(tiny_lake).storage.remove("features/teacher=beta/shard-000002.parquet")
+    with pytest.raises(LakeError, match="no embeddings of teacher 'beta' for shard 2.*mmkd extract"):
+        list(local_batches(data, 0, data.order.steps_per_epoch))
+    Lake(tiny_lake).storage.remove("selection/sel/teacher=beta/shard-000003.parquet")
+    with pytest.raises(LakeError, match="Run `mmkd select` again"):
+        find_rows(open_lake(tiny_lake), ("alpha", "beta"), "sel", 0)
+
+
 def test_a_lake_smaller_than_a_batch_is_refused(tiny_lake):
     lake = open_lake(tiny_lake)
     rows = find_rows(lake, (), None, 0)
