@@ -53,10 +53,7 @@ print("RESULT " + json.dumps(result, default=str))
 
 @pytest.mark.parametrize("where", ["local", "s3"])
 def test_real_pairs_through_every_step(where, request, tmp_path, shared_data, make_clip_folder, make_hf_clip_folder):
-    if where == "s3":
-        uri = request.getfixturevalue("s3") + "/lakes/real pairs"
-    else:
-        uri = str(tmp_path / "lake")
+    uri = f"{request.getfixturevalue('s3')}/lakes/real pairs" if where == "s3" else str(tmp_path / "lake")
     folders = {
         "a": str(make_clip_folder("a", dim=16)),
         "wide": str(make_clip_folder("wide", dim=32, size=48)),
