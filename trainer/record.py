@@ -96,7 +96,8 @@ class Recorder:
         self.waited += report.wait_seconds
         self.samples += self.data.order.batch_size
         if self.progress.done == 0:
-            self.progress.started = time.monotonic()  # the wait for the first batch would spoil the rate
+            # The wait for the first batch would spoil the rate.
+            self.progress.started = self.progress.last = time.monotonic()
         self.progress.advance(1, f"loss {report.terms['total']:.3f}")
         if places is not None:
             self.rows.append(self._row(report, places))

@@ -15,19 +15,24 @@ pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BLOCKS = re.findall(
-    r"<!-- test: (\w+).* -->\n```(bash|python)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    r"<!-- test: (\w+)[^\n]* -->\n```(bash|python)\n(.*?)```",
+    (ROOT / "README.md").read_text(encoding="utf-8"),
+    re.DOTALL,
 )
 SMALL_DEMO = {
-    "train_pictures": 64,
+    "train_pictures": 96,
     "val_pictures": 10,
     "test_pictures": 16,
-    "teacher_pictures": 64,
-    "teacher_steps": 60,
+    "teacher_pictures": 128,
+    "teacher_steps": 100,
     "teacher_batch": 16,
     "student_batch": 32,
     "stage1_epochs": 1,
     "stage2_epochs": 1,
 }
+
+
+assert len(BLOCKS) >= 14, "the pattern lost blocks of the README"
 
 
 def blocks_of(kind: str) -> list[str]:
