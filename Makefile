@@ -2,7 +2,7 @@
 PYTHON ?= python3
 # The environment is keyed to the pins: another constraints.txt or pyproject.toml means another environment.
 PINS := $(shell cat constraints.txt pyproject.toml | cksum | cut -d' ' -f1)
-VENV ?= .venv-$(PINS)
+VENV := .venv-$(PINS)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LAKE ?= demo-lake
@@ -19,7 +19,7 @@ $(READY):
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	ln -sfn $(VENV) .venv
+	if [ -L .venv ] || [ ! -e .venv ]; then ln -sfn $(VENV) .venv; else echo 'kept your own .venv; activate $(VENV)'; fi
 	touch $@
 
 env: $(READY)  ## create the environment
@@ -47,4 +47,5 @@ format: $(READY)  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove environments and caches (not your lakes)
-	rm -rf .venv .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	if [ -L .venv ]; then rm .venv; fi
+	rm -rf .venv-* build *.egg-info .pytest_cache .mypy_cache .ruff_cache

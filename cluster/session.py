@@ -32,7 +32,6 @@ def ray_session(num_gpus: int | None = None) -> Iterator[None]:
     # Set before Ray is imported: it reads them then.
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Advice about pools that are larger than a small lake needs, and about progress bars we switch off.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\.data\..*")
     for name in ("ray.data._internal.progress", "ray._private.authentication"):

@@ -6,11 +6,17 @@ import asyncio
 import os
 import shlex
 import time
+from typing import TYPE_CHECKING, Any
 
 from common.errors import ClusterError
 from common.logs import logger
 
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+AGENT_PATIENCE_SECONDS = 60
+"""A head that has just started answers before the agent that runs jobs is up."""
 
 
 def submit_job(command: list[str], address: str | None, working_dir: str, wait: bool) -> int:
@@ -38,7 +44,7 @@ def submit_job(command: list[str], address: str | None, working_dir: str, wait: 
         ) from error
     entrypoint = "python -m cluster.cli " + shlex.join(command)
     runtime_env = {"working_dir": working_dir} if working_dir else {}
-    job = client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
+    job = _submit(client, entrypoint, runtime_env, address)
     logger.info("submitted %s to %s: %s", job, address, entrypoint)
     if not wait:
         logger.info("follow it with: ray job logs --address %s --follow %s", address, job)
@@ -56,3 +62,17 @@ def submit_job(command: list[str], address: str | None, working_dir: str, wait: 
     info = client.get_job_info(job)
     logger.info("job %s: %s (exit code %s)", job, status.value, info.driver_exit_code)
     return 0 if status == JobStatus.SUCCEEDED else 1
+
+
+def _submit(client: JobSubmissionClient, entrypoint: str, runtime_env: dict[str, Any], address: str) -> str:
+    deadline = time.monotonic() + AGENT_PATIENCE_SECONDS
+    while True:
+        try:
+            return client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
+        except (RuntimeError, ValueError) as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise ClusterError(
+                    f"The Ray job server at {address} did not take the job: {' '.join(str(error).split())[:500]}"
+                ) from error
+            logger.info("the cluster is still starting; trying again")
+            time.sleep(2)

@@ -7,6 +7,7 @@ A lake holds ``lake.json``, ``pairs/``, ``rejects/``, ``features/teacher=<name>/
 from __future__ import annotations
 
 import datetime
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ import pyarrow as pa
 from common.config import differing_keys
 from common.errors import FingerprintError, LakeError
 from common.schemas import PAIRS, SCHEMA_VERSION, check_table
-from common.storage import Storage
+from common.storage import Storage, absolute_address
 
 ID_RULE = "first 32 hex digits of sha256(source key, NUL, image sha256, NUL, captions joined by NUL)"
+JOB_FOLDER = "/runtime_resources/working_dir_files/"
+"""Part of the path of every submitted job's working directory (Ray's runtime environments)."""
 _SHARD_NAME = re.compile(r"^shard-(\d{6})\.parquet$")
 
 
@@ -30,8 +33,8 @@ def shard_name(index: int) -> str:
 
 
 def now() -> str:
-    """The present time as an ISO 8601 string in UTC, to the second."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    """The present time as an ISO 8601 string in UTC; later times sort later."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,20 @@ class Lake:
         return dict(self.storage.read_json("lake.json"))
 
     def shards(self, folder: str = "pairs") -> list[int]:
-        """Indices of the shards present in a table's folder, ascending."""
+        """Indices of the shards of a table, ascending; pairs of an ingest that has not finished do not count."""
+        present = self.files(folder)
+        if folder != "pairs" or not self.storage.list_folders("ingest"):
+            return present
+        # An unfinished ingest left shards that its next attempt may cut otherwise; embeddings must not build on them.
+        finished: set[int] = set()
+        for name in self.storage.list_files("ingests", ".json"):
+            manifest = self.storage.read_json(f"ingests/{name}")
+            first = int(manifest["first_shard"])
+            finished.update(range(first, first + int(manifest["shards"])))
+        return [index for index in present if index in finished]
+
+    def files(self, folder: str) -> list[int]:
+        """Indices of the shard files in a folder, whoever wrote them."""
         matches = (_SHARD_NAME.match(name) for name in self.storage.list_files(folder))
         return sorted(int(match.group(1)) for match in matches if match)
 
@@ -105,7 +121,7 @@ def open_lake(uri: str, need_pairs: bool = True) -> Lake:
         LakeError: There is none at this address, it is of another schema version, or it holds no pairs
             although ``need_pairs``.
     """
-    lake = Lake(uri.rstrip("/"))
+    lake = Lake(_lake_address(uri))
     try:
         info = lake.info()
     except FileNotFoundError as error:
@@ -124,13 +140,28 @@ def open_lake(uri: str, need_pairs: bool = True) -> Lake:
     return lake
 
 
+def _lake_address(uri: str) -> str:
+    """The lake's full address: workers have working directories of their own.
+
+    Raises:
+        LakeError: A relative path in a submitted job, whose working directory is thrown away.
+    """
+    full = absolute_address(uri.rstrip("/"))
+    if "://" not in full and not os.path.isabs(uri) and JOB_FOLDER in full:
+        raise LakeError(
+            f"{uri!r} is a relative path in a submitted job, which runs in a copy of the working directory that is "
+            "thrown away. Name the lake by its full address, a path every machine sees or s3://bucket/lake."
+        )
+    return full
+
+
 def create_lake(uri: str, shard_rows: int) -> Lake:
     """Open the lake at an address, creating ``lake.json`` when there is none.
 
     Raises:
         LakeError: A lake with another shard size or schema version is there already.
     """
-    lake = Lake(uri.rstrip("/"))
+    lake = Lake(_lake_address(uri))
     try:
         info = lake.info()
     except FileNotFoundError:

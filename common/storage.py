@@ -26,6 +26,11 @@ from common.errors import StorageError
 ROW_GROUP_ROWS = 20_000
 
 
+def absolute_address(uri: str) -> str:
+    """An address that means the same in another working directory: a local path in full, others as they are."""
+    return uri if "://" in uri or "::" in uri else os.path.abspath(uri)
+
+
 @dataclass(frozen=True)
 class Storage:
     """A folder at a URI; all paths given to its methods are relative to it.

@@ -150,7 +150,7 @@ def _clear_place(lake: Lake, ingest_id: str, finished: list[dict[str, Any]], sha
     taken = {
         index for other in finished for index in range(other["first_shard"], other["first_shard"] + other["shards"])
     }
-    unsure = [index for index in lake.shards() if index not in taken]
+    unsure = [index for index in lake.files("pairs") if index not in taken]
     with ThreadPoolExecutor(READ_THREADS) as pool:
         footers = pool.map(lambda index: lake.storage.read_metadata(f"pairs/{shard_name(index)}"), unsure)
         owners = {index: (rows, found.get(OWNER)) for index, (rows, found) in zip(unsure, footers, strict=True)}

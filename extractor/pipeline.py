@@ -23,6 +23,9 @@ from extractor.teachers import STORED_PRECISION, Teacher
 
 Todo = dict[int, tuple[str, ...]]
 """Shard -> names of the teachers that still lack it."""
+START_PATIENCE_SECONDS = 30
+FEW_REJECTS = 10
+"""So many bad rows of a shard never stop a run by themselves."""
 Pools = dict[str, list[Any]]
 """Teacher -> handles of its actors."""
 
@@ -135,10 +138,13 @@ def share_gpus(gpus: float, actors: int, asked: float | None) -> float:
         ClusterError: More was asked for than there is.
     """
     if asked is not None:
-        if asked * actors > gpus:
+        if asked > 1 and asked != int(asked):
+            raise ClusterError(f"gpus_per_teacher={asked}: above 1, only whole GPUs can be held by an actor.")
+        # A fraction never spans two GPUs: three actors of 0.6 need three GPUs, not 1.8.
+        needed = asked * actors if asked >= 1 or asked == 0 else -(-actors // int(1 / asked))
+        if needed > gpus:
             raise ClusterError(
-                f"{actors} teacher actors with {asked} GPUs each need {asked * actors:g} GPUs "
-                f"and the cluster has {gpus:g}. "
+                f"{actors} teacher actors with {asked} GPUs each need {needed:g} GPUs and the cluster has {gpus:g}. "
                 "Lower gpus_per_teacher or actors_per_teacher, name fewer teachers, or leave gpus_per_teacher unset."
             )
         return asked
@@ -164,8 +170,12 @@ def start_teachers(names: set[str], inputs: dict[str, TeacherInput], config: Ext
             options.remote(inputs[name], device, config.micro_batch, threads) for _ in range(config.actors_per_teacher)
         ]
     for name, pool in pools.items():
+        waiting = [actor.__ray_ready__.remote() for actor in pool]
+        while len(ray.wait(waiting, num_returns=len(waiting), timeout=START_PATIENCE_SECONDS)[0]) < len(waiting):
+            free = ray.available_resources().get("GPU", 0)
+            logger.info("extract: waiting for teacher %s to load or to be placed (%g GPUs free)", name, free)
         try:
-            ray.get([actor.__ray_ready__.remote() for actor in pool])
+            ray.get(waiting)
         except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
             raise ModelError(f"Teacher {name!r} did not start: {_root_message(error)}") from error
     return pools
@@ -285,9 +295,11 @@ class FanOut:
             }
         count = embedded.features.num_rows
         reasons = [reason for _, reason, _ in embedded.rejects]
-        if len(embedded.rejects) > self.max_reject_fraction * count:
+        bad = len({sample_id for sample_id, _, _ in embedded.rejects})
+        # A few bad rows in a small last shard are still only bad rows.
+        if bad > max(self.max_reject_fraction * count, min(FEW_REJECTS, count - 1)):
             top = ", ".join(f"{number} x {reason}" for reason, number in Counter(reasons).most_common(3))
-            return {**row, "error": f"{len(reasons)} of {count} rows of shard {shard} were rejected ({top})"}
+            return {**row, "error": f"{bad} of {count} rows of shard {shard} were rejected ({top})"}
         size = write_features(self.lake, name, shard, embedded.features, embedded.rejects, self.identities[name])
         return {
             **row,

@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from common.config import differing_keys
+from common.errors import ModelError
 from common.models.load import load_model
 from common.schemas import features_schema
 from extractor.prepare import TeacherInput, rows_of
@@ -50,6 +52,12 @@ class Teacher:
         self.device = device
         self.micro_batch = micro_batch
         self.model = load_model(teacher.spec).to(device)
+        differing = differing_keys(teacher.description.identity(), self.model.description.identity())
+        if differing:
+            raise ModelError(
+                f"Teacher {teacher.spec.name!r} on this machine is another model than the one the run was planned "
+                f"with: {differing}. Pin a revision, or put the same files on every machine."
+            )
         self.forwards = 0
 
     def describe_scale(self) -> float:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import MmkdError, TrainError
 from common.logs import logger
-from common.storage import Storage
+from common.storage import Storage, absolute_address
 from trainer.architecture import Architecture, read_architecture
 
 if TYPE_CHECKING:
@@ -176,14 +176,15 @@ def record_best(run: Storage, step: int, value: float) -> bool:
 
 
 def prune(run: Storage, keep: int) -> None:
-    """Delete all but the ``keep`` newest checkpoints and the best one."""
+    """Delete all but the ``keep`` newest whole checkpoints and the best one; torn folders go too."""
     steps = checkpoint_steps(run)
+    whole = [step for step in steps if run.exists(f"{FOLDER}/{step_name(step)}/{MANIFEST}")]
     try:
         best = int(run.read_json(BEST)["step"])
     except FileNotFoundError:
         best = -1
-    for step in steps[:-keep]:
-        if step != best:
+    for step in steps:
+        if step != best and step not in whole[-keep:]:
             run.remove(f"{FOLDER}/{step_name(step)}/{MANIFEST}")  # first, so that half a deletion is a torn folder
             run.remove(f"{FOLDER}/{step_name(step)}")
 
@@ -194,7 +195,7 @@ def load_checkpoint(uri: str) -> Checkpoint:
     Raises:
         TrainError: There is none, or it is torn.
     """
-    folder = Storage(uri.rstrip("/"))
+    folder = Storage(absolute_address(uri.rstrip("/")))
     if folder.exists(MANIFEST):
         found = _open(folder)
         if found is None:

@@ -86,7 +86,10 @@ def select(lake_uri: str, config: SelectConfig) -> str:
         "shards": lake.shards(),
     }
     name = fingerprint(identity)
-    if lake.storage.exists(f"selection/{name}/selection.json"):
+    manifest = f"selection/{name}/selection.json"
+    if lake.storage.exists(manifest):
+        # Stage 2 takes the newest selection, and this is the one asked for last.
+        lake.storage.write_json(manifest, {**lake.storage.read_json(manifest), "created_at": now()})
         logger.info("select: selection/%s is there already, made with the same settings; nothing to do", name)
         return name
     pairs = read_pair_columns(lake)
@@ -100,7 +103,7 @@ def select(lake_uri: str, config: SelectConfig) -> str:
         progress.advance(1, teacher)
     facts = {"teachers": teachers, "summary": summary}
     # Written last: a folder without it is an unfinished selection, which readers ignore.
-    claim_partition(lake.storage, f"selection/{name}/selection.json", identity, "", facts)
+    claim_partition(lake.storage, manifest, identity, "", facts)
     logger.info("select: wrote selection/%s at %s\n%s", name, now(), format_summary(summary))
     return name
 

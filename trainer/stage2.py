@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 
+from common.config import fingerprint
 from common.errors import LakeError, TrainError
 from common.lake import Lake, open_lake, require_teachers
+from common.logs import logger
 from trainer.checkpoint import MODEL, load_checkpoint
 from trainer.config import Stage2Config
 from trainer.data import TrainData
@@ -93,7 +95,16 @@ def choose_selection(lake: Lake, config: Stage2Config) -> tuple[str, tuple[str, 
             f"Selection {chosen} does not cover {', '.join(missing)} (it covers {', '.join(selected)}). "
             f"Run `mmkd select {lake.uri}` again after extracting, or leave these teachers out."
         )
-    return chosen, tuple(require_teachers(lake, teachers))
+    found = tuple(require_teachers(lake, teachers))
+    recorded = manifests[chosen]["fingerprint"]["teachers"]
+    changed = [name for name in found if recorded[name] != fingerprint(lake.read_teacher(name)["fingerprint"])]
+    if changed:
+        raise LakeError(
+            f"Selection {chosen} was made from other embeddings of {', '.join(changed)} than the lake holds now. "
+            f"Run `mmkd select {lake.uri}` again."
+        )
+    logger.info("stage 2: selection %s with %s", chosen, manifests[chosen]["fingerprint"]["config"])
+    return chosen, found
 
 
 def _start(checkpoint_uri: str, student: Student) -> None:

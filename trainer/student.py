@@ -87,6 +87,11 @@ def load_pretrained(student: Student, weights: str, name: str) -> None:
                 f"model.weights={weights!r} is neither a file nor a pretrained tag of {name} "
                 f"(tags: {', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none'})."
             )
+        if bool(tag.get("quick_gelu")) != bool((open_clip.get_model_config(name) or {}).get("quick_gelu")):
+            raise TrainError(
+                f"model.weights={weights!r} were trained with another activation than {name} has (QuickGELU against "
+                "GELU). Use the architecture's variant with, or without, -quickgelu."
+            )
         path = Path(open_clip.download_pretrained(tag))
     try:
         # open_clip's own loader resizes position embeddings and unpicks the layouts of older files.

@@ -61,7 +61,7 @@ def submit(
 
 
 def doctor() -> None:
-    """Check this installation: packages, whose code is imported, Ray, GPUs, hub access, storage credentials."""
+    """Check this installation: Python, packages, whose code is imported, GPUs, shared memory, environment."""
     from cluster.doctor import run_doctor
 
     raise typer.Exit(run_doctor())

@@ -19,6 +19,24 @@ from trainer.export import export_checkpoint
 from trainer.record import read_metrics
 from trainer.report import ReportContent, write_report
 
+MEASURED = "Every figure on this page was measured by this run, on the test split."
+NOTES = {  # where the teachers come from -> what a reader has to know of them
+    "drawn": (
+        MEASURED,
+        (
+            "Every model was trained by this run. Of its own modality each specialist saw more pictures, with cleaner "
+            "captions, than the student's pairs hold."
+        ),
+    ),
+    "pairs": (
+        MEASURED,
+        (
+            "Every model was trained by this run. The specialists learned from these same pairs, one modality each: "
+            "they know nothing that the student could not learn from the pairs itself."
+        ),
+    ),
+    "given": (MEASURED, "The teachers are the models named with --teachers, as they are."),
+}
 RUNS = {"stage 1": "stage1", "stage 2": "stage2"}
 TERMS = ("total", "contrastive", "image_text", "image_image", "text_text")
 
@@ -29,7 +47,9 @@ def evaluate_all(lake: Lake, models: Sequence[str], catalog: str | None, config:
     return evaluate(lake.uri, [find_model(reference, known) for reference in models], config)
 
 
-def export_and_report(lake: Lake, home: Path, checkpoint: str, evaluation: Evaluation, config: EvaluateConfig) -> None:
+def export_and_report(
+    lake: Lake, home: Path, checkpoint: str, evaluation: Evaluation, config: EvaluateConfig, origin: str
+) -> None:
     """Export the distilled student, write the page and print what a person wants to know now."""
     student = export_checkpoint(checkpoint, str(home / "student"), lake=lake, scores=evaluation.scores, force=True)
     gallery, embedding_map = pictures_of(lake.uri, find_model(f"student={student}", {}), config)
@@ -46,10 +66,7 @@ def export_and_report(lake: Lake, home: Path, checkpoint: str, evaluation: Evalu
         terms=TERMS,
         gallery=gallery,
         embedding_map=embedding_map,
-        notes=(
-            "Every model on this page was trained by this run, and every figure was measured by it, on the test split.",
-            "Of its own modalities each specialist saw more pictures, with cleaner captions, than the student's pairs.",
-        ),
+        notes=NOTES[origin],
         places=places,
         next_steps=NEXT_STEPS,
     )

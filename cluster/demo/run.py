@@ -67,12 +67,18 @@ def run_demo(
         raise ConfigError(f"The demo writes pictures and models to a local folder; {lake_uri} is not one.")
     home, clock = Path(lake_uri), Clock()
     check_same_demo(home, pairs, teachers, config)
+    from cluster.demo.settings import write_templates
+
     with ray_session():
         source = pairs or draw_pairs(home, config, clock)
         lake = ingest_pairs(source, lake_uri, clock)
         if teachers is None:
             teachers, catalog = train_teachers(lake, home, pairs, config, clock)
-        run_steps(lake, home, teachers, catalog, pairs is None, config, clock)
+            origin = "pairs" if pairs else "drawn"
+        else:
+            origin = "given"
+        templates = None if pairs else write_templates(home)
+        run_steps(lake, home, teachers, catalog, templates, origin, config, clock)
     logger.info("demo finished in %s", duration(time.monotonic() - clock.started))
 
 
@@ -139,13 +145,14 @@ def run_steps(
     home: Path,
     teachers: Sequence[str],
     catalog: str | None,
-    is_drawn: bool,
+    templates: str | None,
+    origin: str,
     config: DemoConfig,
     clock: Clock,
 ) -> None:
     """``mmkd extract``, ``select``, ``train stage1``, ``train stage2``, ``evaluate`` and ``export``."""
     from cluster.demo.closing import evaluate_all, export_and_report
-    from cluster.demo.settings import student_config, write_templates
+    from cluster.demo.settings import student_config
     from extractor.pipeline import extract
     from trainer.selection import select
     from trainer.stage1 import train_stage1
@@ -161,8 +168,8 @@ def run_steps(
     clock.step("stage 2", "distillation from the stored embeddings -> runs/stage2")
     second = train_stage2(lake.uri, "stage2", first.checkpoint, stage2)
     clock.step("evaluate", "teachers and students on test pictures nobody trained on -> scores/")
-    settings = EvaluateConfig(templates=write_templates(home) if is_drawn else None)
+    settings = EvaluateConfig(templates=templates)
     models = [*teachers, f"stage-1={first.checkpoint}", f"distilled={second.checkpoint}"]
     evaluation = evaluate_all(lake, models, catalog, settings)
     clock.step("export", "the student as a folder stock open_clip loads, and a page to look at")
-    export_and_report(lake, home, second.checkpoint, evaluation, settings)
+    export_and_report(lake, home, second.checkpoint, evaluation, settings, origin)

@@ -27,7 +27,8 @@ STUDENT_DIM = 96
 def specialist_for(modality: str, position: int) -> Specialist:
     """A specialist for a modality of the user's own pairs."""
     name = re.sub(r"[^a-z0-9]+", "-", modality.lower()).strip("-") or "unknown"
-    return Specialist(f"expert-{name}", (modality,), (64, 96, 128)[position % 3])
+    # Numbered, since "CT scan" and "CT-scan" would otherwise share a folder.
+    return Specialist(f"expert-{position + 1}-{name}", (modality,), (64, 96, 128)[position % 3])
 
 
 def student_config(lake: Lake, home: Path, config: DemoConfig) -> tuple[Stage1Config, Stage2Config]:

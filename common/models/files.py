@@ -53,9 +53,11 @@ def local_copy(spec: ModelSpec) -> Path:
 
 
 def _from_address(storage: Storage) -> Path:
-    # The cache is keyed by address and listing, so replaced files are fetched again.
-    listing = sorted((str(e["name"]), e.get("size")) for e in storage.fs.ls(storage.path(), detail=True))
-    target = cache_folder() / fingerprint([storage.uri, listing])
+    # Keyed by what the store says of each file (ETag, time of change), so that replaced files are fetched again:
+    # new weights of the same architecture have the same size.
+    storage.fs.invalidate_cache(storage.path())
+    marks = [[name, str(storage.fs.ukey(storage.path(name)))] for name in storage.list_files()]
+    target = cache_folder() / fingerprint([storage.uri, marks])
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=target.parent))

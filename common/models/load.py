@@ -14,6 +14,7 @@ from common.config import parse_config, read_yaml
 from common.errors import ConfigError, ModelError
 from common.models.dual_encoder import DualEncoder, Tokenize
 from common.models.spec import ModelDescription, ModelSpec
+from common.storage import absolute_address
 
 FAMILIES = {  # family -> module with describe(spec), load(spec) and load_tokenizer(spec)
     "open_clip": "common.models.open_clip",
@@ -43,9 +44,10 @@ def read_catalog(extra: str | None = None) -> dict[str, ModelSpec]:
 
 
 def find_spec(reference: str, catalog: dict[str, ModelSpec]) -> ModelSpec:
-    """Resolve what a user typed: a catalog name, or ``name=path`` / ``path`` of a model folder.
+    """Resolve what a user typed: a catalog name, or ``[NAME=]PLACE``.
 
-    A folder with ``open_clip_config.json`` is open_clip's; one with ``config.json`` is transformers'.
+    A place is a model folder (one with ``open_clip_config.json`` is open_clip's, one with ``config.json`` is
+    transformers'), ``hf-hub:ORG/REPO`` (an open_clip repository) or ``open_clip:ARCHITECTURE/TAG`` (built in).
 
     Raises:
         ModelError: No such entry; lists those that exist.
@@ -55,16 +57,30 @@ def find_spec(reference: str, catalog: dict[str, ModelSpec]) -> ModelSpec:
     name, mark, path = reference.partition("=")
     if not mark and ("/" in reference or "://" in reference):
         path = reference
-        name = re.sub(r"[^a-z0-9._-]+", "-", path.rstrip("/").rsplit("/", 1)[-1].lower()).strip("-._")
+        name = _plain_name(path)
     if not path:
         raise ModelError(
             f"Unknown model {reference!r}. Known: {', '.join(sorted(catalog)) or 'none'}. "
-            "Give one of these, a model folder (NAME=PATH), or add an entry in a YAML file passed with --catalog."
+            "Give one of these, NAME=FOLDER, NAME=hf-hub:ORG/REPO, NAME=open_clip:ARCHITECTURE/TAG, or add an entry in "
+            "a YAML file passed with --catalog."
         )
+    scheme, _, rest = path.partition(":")
+    if scheme == "hf-hub":
+        return parse_config(ModelSpec, {"name": name, "hub_id": rest}, f"model {reference!r}")
+    if scheme == "open_clip":
+        architecture, _, tag = rest.partition("/")
+        built_in = {"name": name, "architecture": architecture, "pretrained": tag or None}
+        return parse_config(ModelSpec, built_in, f"model {reference!r}")
     from common.models.files import family_of_folder
 
+    path = absolute_address(path)  # workers have working directories of their own
     values: dict[str, Any] = {"name": name, "family": family_of_folder(path), "path": path}
     return parse_config(ModelSpec, values, f"model {reference!r}")
+
+
+def _plain_name(path: str) -> str:
+    """A name for the command line and for folders, from the last part of an address."""
+    return re.sub(r"[^a-z0-9._-]+", "-", path.rstrip("/").rsplit("/", 1)[-1].lower()).strip("-._")
 
 
 def _family(spec: ModelSpec) -> Any:

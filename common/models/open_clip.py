@@ -50,6 +50,12 @@ def _locate(spec: ModelSpec) -> _Files:
                 f"Model {spec.name!r}: {spec.pretrained!r} is neither a file nor a pretrained tag of "
                 f"{spec.architecture} (known tags: {known})."
             )
+        if bool(tag_cfg.get("quick_gelu")) != bool(model_cfg.get("quick_gelu")):
+            raise ModelError(
+                f"Model {spec.name!r}: the weights {spec.pretrained!r} were trained with "
+                f"{'QuickGELU' if tag_cfg.get('quick_gelu') else 'GELU'} and the architecture {spec.architecture} uses "
+                f"the other. Name the architecture {_other_activation(spec.architecture)} instead."
+            )
         try:
             weights = Path(open_clip.download_pretrained(tag_cfg))
         except (OSError, RuntimeError, ValueError) as error:
@@ -66,6 +72,11 @@ def _locate(spec: ModelSpec) -> _Files:
         find_weights(folder, PREFERRED, spec.name),
         folder,
     )
+
+
+def _other_activation(architecture: str) -> str:
+    suffix = "-quickgelu"
+    return architecture.removesuffix(suffix) if architecture.endswith(suffix) else architecture + suffix
 
 
 def describe(spec: ModelSpec) -> ModelDescription:
@@ -86,7 +97,13 @@ def describe(spec: ModelSpec) -> ModelDescription:
         interpolation=preprocess.get("interpolation") or "bicubic",
     )
     uses_hf = "hf_tokenizer_name" in text_cfg or "hf_model_name" in text_cfg
-    settings = [uses_hf, text_cfg.get("tokenizer_kwargs"), text_cfg.get("tokenizer_mode")]
+    named = text_cfg.get("hf_tokenizer_name") or text_cfg.get("hf_model_name")
+    # A folder holds its tokenizer, whatever the configuration calls it; a built-in model is told by the name.
+    settings = [
+        uses_hf if files.folder else [named, spec.architecture if named is None else None],
+        text_cfg.get("tokenizer_kwargs"),
+        text_cfg.get("tokenizer_mode"),
+    ]
     return ModelDescription(
         name=spec.name,
         family="open_clip",

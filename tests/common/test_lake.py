@@ -77,3 +77,23 @@ def test_teachers_must_have_been_extracted(make_lake, tmp_path):
         require_teachers(lake, None)
     with pytest.raises(LakeError, match=r"no embeddings of teacher 'plip'.*mmkd extract"):
         require_teachers(lake, ["plip"])
+
+
+def test_pairs_of_an_unfinished_ingest_do_not_count(make_lake, tmp_path):
+    lake = make_lake(tmp_path / "lake", rows=24, shard_rows=8)
+    lake.storage.write_json("ingests/first.json", {"first_shard": 0, "shards": 1})
+    assert lake.shards() == [0, 1, 2]
+    lake.storage.write_bytes("ingest/killed/part-000000.json", b"{}")
+    assert lake.shards() == [0]
+    assert lake.files("pairs") == [0, 1, 2]
+
+
+def test_a_relative_lake_is_made_absolute_and_refused_in_a_submitted_job(make_lake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_lake("lake", rows=4)
+    assert open_lake("lake").uri == str(tmp_path / "lake")
+    job = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    job.mkdir(parents=True)
+    monkeypatch.chdir(job)
+    with pytest.raises(LakeError, match="relative path in a submitted job"):
+        create_lake("lake", 8)

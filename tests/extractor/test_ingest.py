@@ -94,7 +94,7 @@ def test_commit_drops_duplicates_also_of_earlier_ingests_and_starts_a_new_shard(
     staged = stage_all(lake, source, IngestConfig())
     done = commit(lake, "id", staged, 3)
     assert (done.pairs, done.duplicates, done.first_shard, done.shards) == (4, 1, 0, 2)
-    captions = [lake.read_pairs(index)["captions"].to_pylist() for index in lake.shards()]
+    captions = [lake.read_pairs(index)["captions"].to_pylist() for index in lake.files("pairs")]
     assert captions == [[["zero"], ["one"], ["other words"]], [["two"]]]
     (rejects,) = lake.storage.list_files("rejects/stage=ingest")
     assert lake.storage.read_table(f"rejects/stage=ingest/{rejects}").num_rows == 2
@@ -110,10 +110,10 @@ def test_shards_of_a_killed_ingest_are_removed_and_foreign_ones_stay(source, tmp
     by_hand = pa.table({field.name: pa.array([], field.type) for field in PAIRS}, schema=PAIRS)
     lake.storage.write_table("pairs/shard-000000.parquet", by_hand)
     commit(lake, "id", staged, 1)
-    assert lake.shards() == [0, 1, 2, 3, 4]
+    assert lake.files("pairs") == [0, 1, 2, 3, 4]
     # "id" never wrote its manifest, so another ingest takes its place.
     done = commit(lake, "other", staged_as(lake, "other", staged), 2)
-    assert (done.first_shard, done.shards, lake.shards()) == (1, 2, [0, 1, 2])
+    assert (done.first_shard, done.shards, lake.files("pairs")) == (1, 2, [0, 1, 2])
 
 
 def test_a_commit_that_was_killed_goes_on_and_ends_the_same(source, tmp_path, ray_free_tasks):

@@ -131,3 +131,7 @@ def test_gpus_are_shared_out_so_that_every_actor_fits():
     assert np.floor(1 / share_gpus(4, 9, None)) * 4 >= 9
     with pytest.raises(ClusterError, match="need 18 GPUs and the cluster has 8"):
         share_gpus(8, 9, 2)
+    with pytest.raises(ClusterError, match="need 3 GPUs and the cluster has 2"):
+        share_gpus(2, 3, 0.6)
+    with pytest.raises(ClusterError, match="only whole GPUs"):
+        share_gpus(8, 2, 1.5)

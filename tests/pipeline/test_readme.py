@@ -118,7 +118,7 @@ def test_object_storage_commands(home, environment, s3_server):
     assert "True" not in run([sys.executable, "-c", read_all], home, there)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def ray_head(tmp_path_factory, environment):
     """A Ray head with its job server on this machine, stopped by process id."""
     ports = []
@@ -139,7 +139,14 @@ def ray_head(tmp_path_factory, environment):
             break
         except OSError:
             time.sleep(0.5)
-    yield {**quiet, "RAY_API_SERVER_ADDRESS": address}
+    there = {**quiet, "RAY_API_SERVER_ADDRESS": address}
+    # The server answers before the agent that runs jobs is up; a reader would simply try again.
+    for _ in range(30):
+        probe = ["ray", "job", "submit", "--", "true"]
+        if subprocess.run(probe, env=there, capture_output=True, check=False).returncode == 0:
+            break
+        time.sleep(1)
+    yield there
     process.terminate()
     process.wait(timeout=60)
 

@@ -41,6 +41,38 @@ def test_an_unknown_name_lists_the_known():
         find_spec("clipp", read_catalog())
 
 
+def test_hub_repositories_and_built_in_names_need_no_yaml():
+    hub = find_spec("mine=hf-hub:org/repo", {})
+    assert (hub.name, hub.family, hub.hub_id) == ("mine", "open_clip", "org/repo")
+    built_in = find_spec("b=open_clip:ViT-B-32/openai", {})
+    assert (built_in.architecture, built_in.pretrained) == ("ViT-B-32", "openai")
+    assert find_spec("hf-hub:org/Some_Repo", {}).name == "some_repo"
+
+
+def test_a_built_in_architecture_with_a_checkpoint_file(tmp_path):
+    import open_clip
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    model = open_clip.create_model("RN50")
+    file = tmp_path / "weights.safetensors"
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, str(file))
+    spec = ModelSpec(name="x", architecture="RN50", pretrained=str(file))
+    description, loaded = describe_model(spec), load_model(spec)
+    picture = pixels_of(1, description.geometry.size)
+    with torch.no_grad():
+        normal = (picture.permute(0, 3, 1, 2) / 255 - torch.tensor(description.mean).view(1, 3, 1, 1)) / torch.tensor(
+            description.std
+        ).view(1, 3, 1, 1)
+        expected = model.eval().encode_image(normal)
+        torch.testing.assert_close(loaded.encode_image(picture), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_tag_open_clip_does_not_know_lists_the_known():
+    with pytest.raises(ModelError, match=r"neither a file nor a pretrained tag of ViT-B-32 \(known tags: openai"):
+        describe_model(find_spec("b=open_clip:ViT-B-32/openay", {}))
+
+
 def test_a_folder_without_a_model_says_what_it_holds(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ModelError, match=r"is not a model folder: .*found notes\.txt"):
@@ -143,3 +175,22 @@ def test_a_model_folder_on_object_storage_is_fetched(make_clip_folder, s3, tmp_p
         remote.write_bytes(file.name, file.read_bytes())
     here, there = describe_model(find_spec(str(folder), {})), describe_model(find_spec(remote.uri, {}))
     assert here == there
+    # New weights of the same architecture have the same size; they must be fetched all the same.
+    other = make_clip_folder("tiny", seed=9)
+    remote.write_bytes("open_clip_model.safetensors", (other / "open_clip_model.safetensors").read_bytes())
+    assert describe_model(find_spec(remote.uri, {})).weights_sha256 != here.weights_sha256
+
+
+def test_weights_of_another_activation_are_refused():
+    with pytest.raises(ModelError, match="QuickGELU .* Name the architecture ViT-B-32-quickgelu"):
+        describe_model(find_spec("b=open_clip:ViT-B-32/openai", {}))
+
+
+def test_built_in_models_with_other_tokenizers_do_not_share_token_ids(tmp_path):
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes(b"x")
+    specs = [
+        ModelSpec(name="x", architecture=name, pretrained=str(weights))
+        for name in ("roberta-ViT-B-32", "xlm-roberta-base-ViT-B-32")
+    ]
+    assert len({describe_model(spec).tokenizer_key for spec in specs}) == 2
