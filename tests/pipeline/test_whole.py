@@ -35,7 +35,7 @@ with ray_session():
     common = {
         "optim": {"warmup_steps": 2},
         "data": {"batch_size": 64},
-        "scale": {"checkpoint_every": 5, "workers": 2, "cpus_per_worker": 0.5},
+        "scale": {"checkpoint_every": 5, "workers": 2 if "://" in lake else 1, "cpus_per_worker": 0.5},
         "epochs": 1,
     }
     one = train_stage1(lake, "s1", Stage1Config(model={"architecture": folders["student"]}, **common))
