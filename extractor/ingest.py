@@ -27,7 +27,7 @@ from common.schemas import SCHEMA_VERSION
 from extractor.commit import Committed, commit, manifest_name
 from extractor.config import IngestConfig
 from extractor.sources import plan_sources
-from extractor.sources.addresses import absolute, identity_of, shown
+from extractor.sources.addresses import identity_of, shown
 from extractor.sources.record import Part
 from extractor.staging import StagedPart, rejects_name, stage_part, staging_folder
 from extractor.tasks import run_tasks
@@ -68,7 +68,7 @@ def ingest(source: str | list[str], lake_uri: str, config: IngestConfig) -> Inge
     parts = plan_sources(sources, config)
     identity = describe(parts, config)
     ingest_id = fingerprint(identity)
-    lake = create_lake(absolute(lake_uri), config.shard_rows)
+    lake = create_lake(lake_uri, config.shard_rows)
     earlier = find_earlier(lake, ingest_id)
     if earlier is not None:
         return earlier

@@ -10,7 +10,7 @@ import re
 from functools import lru_cache
 
 from common.errors import SourceError, StorageError
-from common.storage import Storage
+from common.storage import Storage, absolute_address
 from extractor.sources.record import RowFaultError
 
 EXTENSIONS = {  # kind -> how its file names end
@@ -62,12 +62,6 @@ def expand_braces(pattern: str) -> list[str]:
     return list(itertools.chain.from_iterable(map(expand_braces, names)))
 
 
-def absolute(uri: str) -> str:
-    """An address that means the same in another working directory: a local path in full, others as they are."""
-    storage = Storage(uri)
-    return storage.path() if storage.is_local else uri
-
-
 def shown(uri: str) -> str:
     """An address fit for logs and files: without user name, password and query, where signed links keep secrets."""
     return _SECRETS.sub("", uri) if "://" in uri else uri
@@ -85,7 +79,7 @@ def find_files(source: str, kind: str) -> list[str]:
     """
     whole = Storage(source)
     if whole.exists():
-        return _files_below(source, kind) if whole.fs.isdir(whole.path()) else [absolute(source)]
+        return _files_below(source, kind) if whole.fs.isdir(whole.path()) else [absolute_address(source)]
     found: list[str] = []
     for name in expand_braces(source):
         if any(mark in name for mark in "*?["):
@@ -102,7 +96,7 @@ def find_files(source: str, kind: str) -> list[str]:
                 "on a cluster, a local path must be visible to every machine."
             )
         else:
-            found.append(absolute(name))
+            found.append(absolute_address(name))
     return found
 
 
