@@ -122,13 +122,15 @@ def test_object_storage_commands(home, environment, s3_server):
 def ray_head(tmp_path_factory, environment):
     """A Ray head with its job server on this machine, stopped by process id."""
     ports = []
-    for _ in range(2):
+    for _ in range(3):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             ports.append(probe.getsockname()[1])
-    dashboard, gcs = ports
+    dashboard, gcs, agent = ports
     temp = f"/tmp/ray-head-{os.getpid()}"  # short: Ray puts sockets below it
     command = ["ray", "start", "--head", "--block", "--num-cpus=4", "--temp-dir", temp]
+    # The agent runs the jobs; its usual port belongs to the Ray that the other tests of this session share.
+    command += [f"--dashboard-agent-listen-port={agent}"]
     command += [f"--port={gcs}", f"--dashboard-port={dashboard}", "--object-store-memory=500000000"]
     quiet = {**environment, "RAY_AUTH_MODE": "disabled"}
     process = subprocess.Popen(command, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
