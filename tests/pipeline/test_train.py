@@ -162,6 +162,16 @@ def test_stage_2_says_what_it_lacks(place, one_worker, tmp_path):
         train_stage2(str(tmp_path / "bare"), "x", one_worker.last, stage2_config())
 
 
+def test_a_selection_of_embeddings_that_were_replaced_is_refused(one_worker, tmp_path):
+    from trainer.stage2 import train_stage2
+
+    lake = helpers().write_lake(str(tmp_path / "lake"))
+    replaced = {"fingerprint": {"name": "beta", "weights_sha256": "another"}, "logit_scale": 20.0}
+    Storage(lake).write_json("features/teacher=beta/teacher.json", replaced)
+    with pytest.raises(LakeError, match=r"other embeddings of beta than the lake holds now. Run `mmkd select"):
+        train_stage2(lake, "x", one_worker.last, stage2_config())
+
+
 def test_what_the_cluster_or_the_lanes_cannot_hold_is_refused(place, ray_local):
     from trainer.stage1 import train_stage1
 

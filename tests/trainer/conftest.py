@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from common.config import fingerprint
 from common.lake import create_lake, shard_name
 from common.schemas import PAIRS, SELECTION, features_schema
 from common.seeding import rng
@@ -142,10 +143,12 @@ def write_lake(uri: str, rows: int = 96, shard_rows: int = 24, val_share: float 
             lake.storage.write_table(f"{lake.features_folder(name)}/{shard_name(shard)}", features)
             chosen = selection_table(part, lambda s, speaks=speaks: speaks(s) and int(s.sample_id, 16) % 7 != 0)
             lake.storage.write_table(f"selection/sel/teacher={name}/{shard_name(shard)}", chosen)
+    made = {name: {"name": name} for name in teachers}
     for name in teachers:
-        manifest = {"fingerprint": {"name": name}, "logit_scale": 20.0}
+        manifest = {"fingerprint": made[name], "logit_scale": 20.0}
         lake.storage.write_json(f"{lake.features_folder(name)}/teacher.json", manifest)
-    selection = {"fingerprint": {"config": {}}, "created_at": "2026-01-01T00:00:00+00:00", "teachers": list(teachers)}
+    identity = {"config": {}, "teachers": {name: fingerprint(made[name]) for name in teachers}}
+    selection = {"fingerprint": identity, "created_at": "2026-01-01T00:00:00+00:00", "teachers": list(teachers)}
     lake.storage.write_json("selection/sel/selection.json", selection)
     return uri
 
