@@ -8,6 +8,7 @@ MmkdError
  |    +-- SchemaError        a table does not have the agreed columns
  +-- StorageError    an address cannot be reached, read or written
  +-- ModelError      a model cannot be found, loaded or trusted
+ |    +-- TermsError      a teacher's terms need the user's consent
  +-- TrainError      a training run cannot start or go on
  +-- EvaluateError   nothing can be measured with what was given
  +-- ClusterError    Ray or the job server does not offer what was asked
@@ -44,6 +45,10 @@ class StorageError(MmkdError):
 
 class ModelError(MmkdError):
     """A model cannot be found, loaded, or trusted."""
+
+
+class TermsError(ModelError):
+    """A teacher's terms condition models trained on its outputs, and nobody has accepted them."""
 
 
 class TrainError(MmkdError):

@@ -85,30 +85,54 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def fit(image: Image.Image, geometry: Geometry) -> np.ndarray:
-    """Resize and crop an upright RGB picture exactly as open_clip (or transformers) would.
+    """Resize and crop an upright RGB picture exactly as open_clip (or transformers, or MedCLIP) would.
 
-    Only strips longer than ``LONGEST_STRIP`` times their width may differ, in the last bit of a few pixels.
+    Only strips longer than ``LONGEST_STRIP`` times their width may differ, in the last bit of a few pixels, and padded
+    squares of more than ``MAX_PIXELS``, by half a pixel.
 
     Returns:
-        uint8 [size, size, 3]
+        uint8 [size, size, channels]
     """
+    if geometry.colour == "gray":
+        return _square(image.convert("L"), geometry)[:, :, None]
+    return _square(image, geometry)
+
+
+def _square(image: Image.Image, geometry: Geometry) -> np.ndarray:
     size, resample = geometry.size, Image.Resampling[geometry.interpolation.upper()]
     if geometry.resize == "squash":
         return np.array(image.resize((size, size), resample))
+    if geometry.resize == "pad-square":
+        return _padded_first(image, size, resample)
     if geometry.resize == "longest":
         longest = max(image.size)
         # Divided twice, as open_clip does: multiplying by size / longest rounds differently.
         width, height = (max(1, round(side / (longest / size))) for side in image.size)
-        square = Image.new("RGB", (size, size))
+        square = Image.new(image.mode, (size, size))
         square.paste(image.resize((width, height), resample), ((size - width) // 2, (size - height) // 2))
         return np.array(square)
-    width, height = _shortest(image.size, size)
+    width, height = _shortest(image.size, max(size, geometry.resize_to or size))
     left, top = (_margin(side - size, geometry.crop_rounding) for side in (width, height))
     if max(width, height) > LONGEST_STRIP * size:
         scale_x, scale_y = image.width / width, image.height / height
         box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
         return np.array(image.resize((size, size), resample, box=box))
     return np.array(image.resize((width, height), resample).crop((left, top, left + size, top + size)))
+
+
+def _padded_first(image: Image.Image, size: int, resample: Image.Resampling) -> np.ndarray:
+    """Centred on a black square that holds it and is no smaller than ``size``, then resized (MedCLIP, dataset.py)."""
+    side = max(size, *image.size)
+    if side * side > MAX_PIXELS:
+        # The square of a long strip would need gigabytes: only the strip is resized, at most half a pixel off.
+        scale = size / side
+        width, height = (max(1, round(length * scale)) for length in image.size)
+        square = Image.new(image.mode, (size, size))
+        square.paste(image.resize((width, height), resample), ((size - width) // 2, (size - height) // 2))
+        return np.array(square)
+    square = Image.new(image.mode, (side, side))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return np.array(square.resize((size, size), resample))
 
 
 def _shortest(source: tuple[int, int], size: int) -> tuple[int, int]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import fsspec
@@ -105,10 +107,63 @@ class Storage:
         with _explained(f"read {self.path(relative)}"):
             return cast(bytes, self.fs.cat_file(self.path(relative)))
 
+    def download(self, relative: str, target: Path) -> None:
+        """Copy a file to this machine, whatever its size; the target appears whole or not at all."""
+        with _explained(f"read {self.path(relative)}"):
+            temporary = target.with_name(f".tmp-{uuid.uuid4().hex}")
+            self.fs.get_file(self.path(relative), str(temporary))
+            os.replace(temporary, target)
+
+    def upload(self, source: Path, relative: str) -> None:
+        """Copy a file of this machine here, whatever its size; it appears whole or not at all."""
+        target = self.path(relative)
+        with _explained(f"write {target}"):
+            if not self.is_local:
+                self.fs.put_file(str(source), target)
+                return
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            temporary = f"{os.path.dirname(target)}/.tmp-{uuid.uuid4().hex}"
+            try:
+                shutil.copyfile(source, temporary)
+                os.replace(temporary, target)
+            finally:
+                if os.path.exists(temporary):
+                    os.unlink(temporary)
+
     def exists(self, relative: str = "") -> bool:
         """Whether a file or folder is there."""
         with _explained(f"look at {self.path(relative)}"):
             return bool(self.fs.exists(self.path(relative)))
+
+    def is_file(self, relative: str = "") -> bool:
+        """Whether a file (not a folder) is there."""
+        with _explained(f"look at {self.path(relative)}"):
+            return bool(self.fs.isfile(self.path(relative)))
+
+    def size(self, relative: str = "") -> int | None:
+        """Bytes of a file; None where the server does not say."""
+        with _explained(f"look at {self.path(relative)}"):
+            found = self.fs.info(self.path(relative)).get("size")
+        return None if found is None else int(found)
+
+    def version(self, relative: str = "") -> str:
+        """What the storage says of a file's present content (ETag, time of change); empty where it says nothing."""
+        with _explained(f"look at {self.path(relative)}"):
+            facts = self.fs.info(self.path(relative))
+        return str([facts.get(name) for name in ("ETag", "etag", "mtime", "LastModified", "last_modified")])
+
+    def pieces(self, relative: str, start: int, size: int | None, chunk: int) -> Iterator[bytes]:
+        """The bytes of a file from ``start`` on, in pieces; in one piece where the server does not say its size."""
+        with _explained(f"read {self.path(relative)}"):
+            if size is None:
+                yield cast(bytes, self.fs.cat_file(self.path(relative)))
+                return
+            while start < size:
+                piece = cast(bytes, self.fs.cat_file(self.path(relative), start=start, end=min(start + chunk, size)))
+                if not piece:
+                    return
+                start += len(piece)
+                yield piece
 
     def list_files(self, relative: str = "", suffix: str = "") -> list[str]:
         """Names (not paths) of the files directly in a folder, sorted; a missing folder is empty.

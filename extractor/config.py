@@ -62,6 +62,10 @@ class ExtractConfig(StrictModel):
 
     teachers: tuple[str, ...] = Field((), description="Catalog names, or NAME=FOLDER.")
     catalog: str | None = Field(None, description="YAML file with models of your own.")
+    store: str | None = Field(None, description="Model store (`mmkd teachers fetch`); workers then never need the hub.")
+    accept_terms: tuple[str, ...] = Field(
+        (), description="Teachers whose conditions on models trained on their outputs you accept."
+    )
     micro_batch: PositiveInt = Field(64, description="Pictures per forward pass; larger fills a GPU better.")
     gpus_per_teacher: float | None = Field(
         None,

@@ -11,10 +11,11 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from common.errors import ClusterError, ConfigError, ModelError
-from common.lake import Lake, check_partition, claim_partition, open_lake
+from common.errors import ClusterError, ConfigError, ModelError, TermsError
+from common.lake import Lake, check_partition, claim_partition, now, open_lake
 from common.logs import Progress, duration, logger
 from common.models.load import describe_model, find_spec, read_catalog
+from common.models.spec import ModelSpec
 from common.schemas import SCHEMA_VERSION
 from extractor.config import ExtractConfig
 from extractor.prepare import Prepare, TeacherInput
@@ -56,7 +57,9 @@ def extract(lake_uri: str, config: ExtractConfig) -> ExtractReport:
     """
     started = time.monotonic()
     lake = open_lake(lake_uri)
-    inputs = resolve_teachers(config)
+    specs = find_teachers(config)
+    accepted = check_terms(lake, specs, config.accept_terms)
+    inputs = {spec.name: TeacherInput(spec, describe_model(spec)) for spec in specs}
     rows = pair_rows(lake)
     todo = plan_todo(lake, inputs, rows)
     files = sum(len(names) for names in todo.values())
@@ -67,7 +70,7 @@ def extract(lake_uri: str, config: ExtractConfig) -> ExtractReport:
     logger.info("extract: %d of %d files to compute (%s)", files, len(rows) * len(inputs), ", ".join(inputs))
     pools = start_teachers({name for names in todo.values() for name in names}, inputs, config)
     try:
-        record_teachers(lake, inputs, pools)
+        record_teachers(lake, inputs, pools, accepted)
         stream = build_stream(lake, inputs, todo, pools, config)
         follow(stream, todo, rows, report)
     finally:
@@ -86,16 +89,50 @@ def extract(lake_uri: str, config: ExtractConfig) -> ExtractReport:
     return report
 
 
-def resolve_teachers(config: ExtractConfig) -> dict[str, TeacherInput]:
-    """Look the teachers up and read what their files say, before anything is loaded."""
+def find_teachers(config: ExtractConfig) -> list[ModelSpec]:
+    """Look the teachers up, before anything is read or loaded."""
     if not config.teachers:
         raise ConfigError("No teacher was named. Give --teachers NAME,NAME (see `mmkd teachers list`).")
     catalog = read_catalog(config.catalog)
-    specs = [find_spec(reference, catalog) for reference in config.teachers]
+    specs = [find_spec(reference, catalog, config.store) for reference in config.teachers]
     repeated = [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]
     if repeated:
         raise ConfigError(f"Teacher {repeated[0]!r} is named twice. Give each folder its own name: NAME=FOLDER.")
-    return {spec.name: TeacherInput(spec, describe_model(spec)) for spec in specs}
+    return specs
+
+
+def check_terms(lake: Lake, specs: list[ModelSpec], accepted: tuple[str, ...]) -> dict[str, str]:
+    """Show the terms of every teacher, and insist on consent where they condition models trained on its outputs.
+
+    Returns:
+        Teacher -> when its terms were accepted, of those that need it; an acceptance in the lake still holds.
+
+    Raises:
+        TermsError: Consent is missing; names the teachers and their terms.
+    """
+    unknown = sorted(set(accepted) - {spec.name for spec in specs})
+    if unknown:
+        raise ConfigError(f"--accept-terms names {', '.join(unknown)}, which --teachers does not.")
+    found: dict[str, str] = {}
+    refused = []
+    for spec in specs:
+        terms = spec.derivative_terms or "nothing is recorded; find out before you publish a student"
+        logger.info("extract: terms of %s: %s; %s", spec.name, spec.license or "licence not known", terms)
+        if not spec.needs_consent:
+            continue
+        earlier = lake.read_teacher(spec.name).get("terms_accepted_at") if spec.name in lake.teachers() else None
+        if spec.name in accepted or earlier:
+            found[spec.name] = str(earlier or now())
+        else:
+            refused.append(f"{spec.name} ({spec.license or 'licence not known'}): {terms}")
+    if refused:
+        names = ",".join(item.split(" ", 1)[0] for item in refused)
+        raise TermsError(
+            f"The terms of these teachers condition models trained on their outputs. {' '.join(refused)} If you may "
+            f"use them, say so with --accept-terms {names}; it is recorded beside the embeddings and in the student's "
+            "card."
+        )
+    return found
 
 
 def identity_of(teacher: TeacherInput) -> dict[str, Any]:
@@ -187,15 +224,18 @@ def _root_message(error: BaseException) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def record_teachers(lake: Lake, inputs: dict[str, TeacherInput], pools: Pools) -> None:
+def record_teachers(lake: Lake, inputs: dict[str, TeacherInput], pools: Pools, accepted: dict[str, str]) -> None:
     """Write ``teacher.json`` of each partition before its first shard."""
     for name, pool in pools.items():
         spec = inputs[name].spec
         facts: dict[str, Any] = {
             "logit_scale": ray.get(pool[0].describe_scale.remote()),
             "license": spec.license,
+            "gated": spec.gated,
+            "derivatives": spec.derivatives,
             "derivative_terms": spec.derivative_terms,
-            "spec": spec.model_dump(mode="json", exclude_none=True),
+            "terms_accepted_at": accepted.get(name),
+            "spec": spec.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
         }
         claim_partition(lake.storage, manifest_of(lake, name), identity_of(inputs[name]), _remedy(name), facts)
 

@@ -28,7 +28,7 @@ class TeacherInput:
 
     @property
     def pixels(self) -> str:
-        """Column with the teacher's pictures: uint8 [size * size * 3] per row."""
+        """Column with the teacher's pictures: uint8 [size * size * channels] per row."""
         return f"pixels:{self.description.geometry.key}"
 
     @property
@@ -104,7 +104,7 @@ def prepare_images(images: Iterable[pa.Scalar], geometries: dict[str, Geometry])
     """
     encoded = [image.as_buffer() for image in images]
     errors: list[str | None] = [None] * len(encoded)
-    pixels = {name: np.zeros((len(encoded), g.size, g.size, 3), np.uint8) for name, g in geometries.items()}
+    pixels = {name: np.zeros((len(encoded), g.size, g.size, g.channels), np.uint8) for name, g in geometries.items()}
     for row, data in enumerate(encoded if geometries else ()):
         try:
             image = decode_rgb(data.to_pybytes())

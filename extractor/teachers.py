@@ -60,8 +60,8 @@ class Teacher:
             )
         self.forwards = 0
 
-    def describe_scale(self) -> float:
-        """The factor on cosines that the model was trained with."""
+    def describe_scale(self) -> float | None:
+        """The factor on cosines that the model was trained with; None for an image encoder."""
         return self.model.logit_scale
 
     def embed(self, prepared: pa.Table) -> Embedded:
@@ -108,8 +108,8 @@ class Teacher:
         return result
 
     def _images(self, prepared: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-        side = self.teacher.description.geometry.size
-        pixels = rows_of(prepared[self.teacher.pixels]).reshape(-1, side, side, 3)
+        geometry = self.teacher.description.geometry
+        pixels = rows_of(prepared[self.teacher.pixels]).reshape(-1, geometry.size, geometry.size, geometry.channels)
         return self._run(self.model.encode_image, pixels, self.teacher.description.image_dim or 1)
 
     def _texts(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

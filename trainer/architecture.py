@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from common.config import fingerprint
-from common.errors import TrainError
-from common.models.files import TOKENIZER_FILES, cache_folder
+from common.errors import ModelError, TrainError
+from common.models.architectures import read_architecture as packaged_architecture
+from common.models.bert_tokens import loadable_folder
+from common.models.files import TOKENIZER_FILES, cache_folder, hub_snapshot
 from common.models.spec import Geometry
 from common.storage import Storage
 
@@ -90,24 +92,65 @@ def read_architecture(folder: Storage) -> Architecture:
     return found
 
 
-def resolve_architecture(name: str) -> Architecture:
-    """Turn an open_clip architecture name, or the address of a model folder, into files.
+def resolve_architecture(name: str, tokenizer: str | None = None) -> Architecture:
+    """Turn an architecture's name (open_clip's or a packaged one), or the address of a model folder, into files.
+
+    Args:
+        name: What the configuration says.
+        tokenizer: Folder with the tokenizer's files, for an architecture that does not bring its own.
 
     Raises:
         TrainError: No such architecture, or its tokenizer cannot be kept in a folder.
     """
-    if "/" in name or Path(name).is_dir():
+    if not name.endswith(".json") and ("/" in name or Path(name).is_dir()):
         return read_architecture(Storage(name))
     import open_clip
 
+    try:
+        config = packaged_architecture(name, "student")
+    except ModelError as error:
+        raise TrainError(str(error)) from error
+    if config is not None and "model_cfg" in config:
+        named = config["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
+        return Architecture(_complete(config), _tokenizer_files(name, tokenizer, named))
     model_cfg = open_clip.get_model_config(name)
     if model_cfg is None:
         raise TrainError(
             f"{name!r} is neither an open_clip architecture nor a folder with {CONFIG_FILE}. "
-            f"Architectures include ViT-B-32, ViT-B-16, RN50 (all: `python -c 'import open_clip; "
+            f"Architectures include mmkd-b16, ViT-B-32, ViT-B-16, RN50 (all: `python -c 'import open_clip; "
             "print(open_clip.list_models())'`)."
         )
     return Architecture(_complete({"model_cfg": model_cfg}), _builtin_tokenizer(name))
+
+
+def _tokenizer_files(name: str, folder: str | None, repository: str | None) -> dict[str, bytes]:
+    """A packaged architecture's tokenizer: from a folder, else from the hub's repository (or its local cache)."""
+    if repository is None:
+        return {}
+    if folder is not None:
+        storage = Storage(folder)
+        found = {file: storage.read_bytes(file) for file in TOKENIZER_FILES if storage.is_file(file)}
+        if not found:
+            raise TrainError(f"model.tokenizer={folder!r} holds no tokenizer files (vocab.txt or tokenizer.json).")
+        return _loadable(found)
+    try:
+        here = hub_snapshot(repository, [*TOKENIZER_FILES, "config.json"])
+    except ModelError as error:
+        raise TrainError(
+            f"The tokenizer of {name} is that of {repository}, which cannot be fetched: {error} Or name a folder with "
+            "its files (vocab.txt or tokenizer.json) as model.tokenizer."
+        ) from error
+    return _loadable({file: (here / file).read_bytes() for file in TOKENIZER_FILES if (here / file).is_file()})
+
+
+def _loadable(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The same tokenizer in files that stock open_clip can load from a model folder."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+        made = loadable_folder(folder)
+        return {name: (made / name).read_bytes() for name in TOKENIZER_FILES if (made / name).is_file()}
 
 
 def _builtin_tokenizer(name: str) -> dict[str, bytes]:

@@ -44,10 +44,23 @@ class ModelConfig(StrictModel):
 
     architecture: str = Field(
         "ViT-B-16",
-        description="An open_clip architecture name, or a folder with open_clip_config.json (and tokenizer files).",
+        description="An open_clip architecture name, mmkd-b16 (the paper's student), or a folder with "
+        "open_clip_config.json (and tokenizer files).",
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="Folder with the tokenizer's files, where the architecture's is neither open_clip's nor cached.",
     )
     weights: str | None = Field(
-        None, description="open_clip pretrained tag or checkpoint file; None starts from random."
+        None, description="open_clip pretrained tag or checkpoint file (MMKD_B16.pth too); None starts from random."
+    )
+    vision_weights: str | None = Field(
+        None,
+        description="Image tower alone, from a CLIP checkpoint file or ARCHITECTURE/TAG. The paper: MetaCLIP's "
+        "ViT-B-16-quickgelu/metaclip_400m.",
+    )
+    text_weights: str | None = Field(
+        None, description="Text tower alone, from a BERT's checkpoint file or folder. The paper: BiomedBERT."
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -16,7 +18,7 @@ from common.models.spec import ModelSpec
 from common.storage import Storage
 from common.version import VERSION
 from trainer.checkpoint import MODEL, Checkpoint, load_checkpoint
-from trainer.model_card import write_model_card
+from trainer.model_card import published_card, write_model_card
 
 EXPORT_MANIFEST = "mmkd_export.json"
 """Marks a folder as written by export, and lists what export wrote there."""
@@ -67,6 +69,69 @@ def export_checkpoint(
             target.write_bytes(file, (folder / file).read_bytes())
     _write_manifest(target, checkpoint, sha256, names)
     return target.uri
+
+
+def export_model(spec: ModelSpec, out: str, *, force: bool = False) -> str:
+    """Write a published model (UniMed-CLIP, MMKD-CLIP, any of the open_clip family) as a stock open_clip folder.
+
+    Args:
+        spec: The entry, with its files in reach.
+        out: The folder to write, local or any fsspec address.
+        force: Write into a folder that holds something else.
+
+    Returns:
+        The address of the folder.
+
+    Raises:
+        ConfigError: The folder holds something that is not an export, or the model is not open_clip's kind.
+        ModelError: The weights do not fit.
+    """
+    if spec.family not in ("open_clip", "unimed"):
+        raise ConfigError(
+            f"{spec.name} is of the {spec.family} family, which stock open_clip cannot hold; only the open_clip and "
+            "unimed families can be exported."
+        )
+    target = Storage(out.rstrip("/"))
+    stale = _stale_files(target, force)
+    with tempfile.TemporaryDirectory(prefix="mmkd-export-") as temporary:
+        folder = Path(temporary)
+        write_published_files(spec, folder)
+        sha256 = file_sha256(folder / WEIGHTS)
+        (folder / "README.md").write_text(published_card(spec, sha256), encoding="utf-8")
+        names = sorted(path.name for path in folder.iterdir())
+        for file in stale:
+            target.remove(file)
+        for file in names:
+            target.upload(folder / file, file)
+    facts = {"published_model": spec.name, "weights_sha256": sha256, "files": [*names, EXPORT_MANIFEST]}
+    target.write_json(EXPORT_MANIFEST, {"exported_by": f"mmkd {VERSION}", "created_at": now(), **facts})
+    return target.uri
+
+
+def write_published_files(spec: ModelSpec, folder: Path) -> None:
+    """Weights by stock open_clip's names, configuration with the preprocessing spelt out, and the tokenizer's files."""
+    from common.models.bert_tokens import loadable_folder
+    from common.models.convert import save_tensors
+    from common.models.files import TOKENIZER_FILES, tokenizer_folder
+    from common.models.open_clip import find_files
+
+    encoder: Any = load_model(spec)
+    description, found = encoder.description, find_files(spec, weights=False)
+    save_tensors(encoder.model.state_dict(), folder / WEIGHTS)
+    preprocess = {
+        "mean": list(description.mean),
+        "std": list(description.std),
+        "interpolation": description.geometry.interpolation,
+        "resize_mode": description.geometry.resize,
+    }
+    config = {"model_cfg": found.model_cfg, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    named = found.text_cfg.get("hf_tokenizer_name")
+    if named is not None and found.files is not None:
+        tokenizer = loadable_folder(tokenizer_folder(spec, found.files, named))
+        for name in TOKENIZER_FILES:
+            if (tokenizer / name).is_file():
+                (folder / name).write_bytes((tokenizer / name).read_bytes())
 
 
 def _write_manifest(target: Storage, checkpoint: Checkpoint, weights_sha256: str, names: list[str]) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -14,6 +17,7 @@ import yaml
 
 from common.config import fingerprint
 from common.lake import Lake, now
+from common.models.spec import ModelSpec
 from common.version import VERSION
 from trainer.checkpoint import Checkpoint
 from trainer.evaluation.scores import read_scores
@@ -43,6 +47,7 @@ def write_model_card(
     if scores is None and lake is not None:
         scores = _scores_of(lake, weights_sha256)
     state = checkpoint.state()
+    terms = _terms(lake, state["identity"])
     config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
     text = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         name=name,
@@ -53,11 +58,29 @@ def write_model_card(
         sha256=weights_sha256,
         loading=_loading(config.get("model_cfg", config)),
         data=_data(lake) if lake else "The checkpoint was exported away from its lake.",
-        teachers=_teachers(lake, state["identity"]),
+        teachers=_teachers(terms),
+        restrictions=restrictions(terms, _pair_counts(lake)["license"] if lake else ()),
         recipe=f"```yaml\n{yaml.safe_dump(_recipe(state), sort_keys=False, allow_unicode=True)}```",
         scores=format_markdown(scores) if scores is not None else "Not evaluated yet (`mmkd evaluate`).",
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def published_card(spec: ModelSpec, weights_sha256: str) -> str:
+    """README.md of a published model that was only laid out anew: whose it is, and under which terms."""
+    facts = [f"- {what}: {fact}" for what, fact in spec.facts.items()]
+    terms = spec.derivative_terms or "nothing is recorded"
+    return f"""# {spec.title or spec.name}
+
+The authors' published weights in stock open_clip's layout, written by mmkd {VERSION} on {now()[:10]}
+(weights sha256 `{weights_sha256}`). Nothing was trained.
+
+Licence: {spec.license or "not known"}. Models trained on its outputs: {terms}.
+
+**Research only.** It was not tested for any clinical use, and must not be used to decide about a patient.
+
+{chr(10).join(facts)}
+"""
 
 
 def _scores_of(lake: Lake, weights_sha256: str) -> pa.Table | None:
@@ -79,21 +102,25 @@ def _loading(model_cfg: dict[str, Any]) -> str:
     return f"Loading fetches the configuration (not the weights) of the text tower `{tower}` from the model hub once."
 
 
-def _data(lake: Lake) -> str:
-    splits: Counter[str] = Counter()
-    modalities: Counter[str] = Counter()
-    licences: Counter[str] = Counter()
+def _pair_counts(lake: Lake) -> dict[str, Counter[str]]:
+    """Column -> value -> number of pairs."""
+    counts: dict[str, Counter[str]] = {"split": Counter(), "modality": Counter(), "license": Counter()}
     for shard in lake.shards():
         table = lake.read_pairs(shard, ["modality", "license", "split"])
-        for column, counter in (("split", splits), ("modality", modalities), ("license", licences)):
+        for column, counter in counts.items():
             for entry in pc.value_counts(table[column]).to_pylist():
                 counter[entry["values"] or "not stated"] += entry["counts"]
+    return counts
+
+
+def _data(lake: Lake) -> str:
+    counts = _pair_counts(lake)
     lines = [
-        f"Lake `{lake.uri}`: {sum(splits.values()):,} image-caption pairs ({_listed(splits)}).",
+        f"Lake `{lake.uri}`: {sum(counts['split'].values()):,} image-caption pairs ({_listed(counts['split'])}).",
         "",
-        f"Modalities: {_listed(modalities)}.",
+        f"Modalities: {_listed(counts['modality'])}.",
         "",
-        f"Licences of the pairs: {_listed(licences)}.",
+        f"Licences of the pairs: {_listed(counts['license'])}.",
     ]
     return "\n".join(lines)
 
@@ -102,15 +129,81 @@ def _listed(counter: Counter[str]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counter.most_common())
 
 
-def _teachers(lake: Lake | None, identity: dict[str, Any]) -> str:
-    teachers = identity.get("teachers") or {}
-    if not teachers:
-        return "None: the weights come from contrastive training on the pairs alone."
-    lines = ["| teacher | licence | terms for models trained on its outputs | weights sha256 |", "|---|---|---|---|"]
+@dataclass(frozen=True)
+class TeacherTerms:
+    """What a teacher's partition records about its terms."""
+
+    name: str
+    license: str | None
+    derivatives: str
+    derivative_terms: str | None
+    accepted_at: str | None
+    weights_sha256: str
+
+
+def _terms(lake: Lake | None, identity: dict[str, Any]) -> list[TeacherTerms]:
     present = lake.teachers() if lake else []
-    for name, fingerprinted in teachers.items():
+    found = []
+    for name, fingerprinted in (identity.get("teachers") or {}).items():
         facts = lake.read_teacher(name) if lake and name in present else {}
-        weights = str(fingerprinted.get("weights_sha256", "?"))[:16]
-        terms = facts.get("derivative_terms") or "not recorded: find out before you publish"
-        lines.append(f"| {name} | {facts.get('license') or 'not recorded'} | {terms} | `{weights}` |")
+        found.append(
+            TeacherTerms(
+                name=name,
+                license=facts.get("license"),
+                derivatives=facts.get("derivatives") or "unknown",
+                derivative_terms=facts.get("derivative_terms"),
+                accepted_at=facts.get("terms_accepted_at"),
+                weights_sha256=str(fingerprinted.get("weights_sha256", "?")),
+            )
+        )
+    return found
+
+
+def _teachers(terms: list[TeacherTerms]) -> str:
+    if not terms:
+        return "None: the weights come from contrastive training on the pairs alone."
+    lines = [
+        "| teacher | licence | terms for models trained on its outputs | accepted | weights sha256 |",
+        "|---|---|---|---|---|",
+    ]
+    for teacher in terms:
+        said = teacher.derivative_terms or "not recorded: find out before you publish"
+        accepted = (teacher.accepted_at or "")[:10] or "not needed"
+        lines.append(
+            f"| {teacher.name} | {teacher.license or 'not recorded'} | {said} | {accepted} | "
+            f"`{teacher.weights_sha256[:16]}` |"
+        )
     return "\n".join(lines)
+
+
+def restrictions(terms: Sequence[TeacherTerms], pair_licenses: Iterable[str]) -> str:
+    """What the teachers' terms and the pairs' licences leave of the student's freedom, strictest first, as a list."""
+    by_kind = {
+        kind: [t.name for t in terms if t.derivatives == kind] for kind in ("forbidden", "conditional", "unknown")
+    }
+    noncommercial = [t.name for t in terms if _is_noncommercial(t.license)]
+    data = sorted({name for name in pair_licenses if _is_noncommercial(name)})
+    lines = []
+    if by_kind["forbidden"]:
+        lines.append(
+            f"**Not to be used or passed on without the permission of the authors of {_and(by_kind['forbidden'])}**, "
+            "whose terms forbid models trained on their outputs."
+        )
+    if noncommercial or data:
+        whose = [*noncommercial, *(f"pairs ({name})" for name in data)]
+        lines.append(f"**Non-commercial use only**, after the licences of {_and(whose)}.")
+    if by_kind["conditional"]:
+        lines.append(f"Under the conditions of {_and(by_kind['conditional'])}, listed above.")
+    if by_kind["unknown"]:
+        lines.append(f"Not cleared: nobody has recorded what {_and(by_kind['unknown'])} allow; ask their authors.")
+    if not lines:
+        return "None that the records of teachers and pairs show."
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _is_noncommercial(license_name: str | None) -> bool:
+    return license_name is not None and re.search(r"(?i)\bNC\b|non-?commercial", license_name) is not None

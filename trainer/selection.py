@@ -97,8 +97,11 @@ def select(lake_uri: str, config: SelectConfig) -> str:
     progress = Progress("select", len(teachers), "teachers")
     for teacher in teachers:
         check_complete(lake, teacher, pairs)
-        scores = score_teacher(lake, teacher, pairs, config)
-        summary[teacher] = decide(scores, pairs, config)
+        if lake.read_teacher(teacher)["fingerprint"].get("text_dim", 0) is None:
+            scores, summary[teacher] = admit_image_encoder(lake, teacher, pairs)
+        else:
+            scores = score_teacher(lake, teacher, pairs, config)
+            summary[teacher] = decide(scores, pairs, config)
         write_selection(lake, f"selection/{name}/teacher={teacher}", pairs, scores)
         progress.advance(1, teacher)
     facts = {"teachers": teachers, "summary": summary}
@@ -144,13 +147,7 @@ def check_complete(lake: Lake, teacher: str, pairs: PairColumns) -> None:
 def score_teacher(lake: Lake, teacher: str, pairs: PairColumns, config: SelectConfig) -> TeacherScores:
     """Two passes over a teacher's shards: collect candidate captions, then rank each true caption among them."""
     candidates = collect_candidates(lake, teacher, pairs, config)
-    total = len(pairs.sample_id)
-    scores = TeacherScores(
-        cosine_N=np.full(total, np.nan, np.float32),
-        rank_N=np.zeros(total, np.int32),
-        candidates_N=np.zeros(total, np.int32),
-        beaten_N=np.full(total, np.nan, np.float32),
-    )
+    scores = no_scores(len(pairs.sample_id))
     for start, image_ND, text_ND in read_vectors(lake, teacher, pairs):
         place = np.arange(start, start + len(image_ND))
         has_both = np.isfinite(image_ND[:, 0]) & np.isfinite(text_ND[:, 0])
@@ -162,6 +159,33 @@ def score_teacher(lake: Lake, teacher: str, pairs: PairColumns, config: SelectCo
             scores.cosine_N[rows] = np.einsum("nd,nd->n", image, text)
             rank_among(candidates[modality], image, scores, rows, pairs.caption_key[rows])
     return scores
+
+
+def no_scores(total: int) -> TeacherScores:
+    """Scores of a teacher that has said nothing yet."""
+    return TeacherScores(
+        cosine_N=np.full(total, np.nan, np.float32),
+        rank_N=np.zeros(total, np.int32),
+        candidates_N=np.zeros(total, np.int32),
+        beaten_N=np.full(total, np.nan, np.float32),
+        quantile_N=np.full(total, np.nan, np.float32),
+        admitted_N=np.zeros(total, bool),
+    )
+
+
+def admit_image_encoder(lake: Lake, teacher: str, pairs: PairColumns) -> tuple[TeacherScores, dict[str, Any]]:
+    """A teacher without a text tower cannot be scored by captions: it speaks for every picture it has embedded.
+
+    Stage 2 uses it for the similarities among pictures only.
+    """
+    scores = no_scores(len(pairs.sample_id))
+    for start, image_ND, _ in read_vectors(lake, teacher, pairs):
+        scores.admitted_N[start : start + len(image_ND)] = np.isfinite(image_ND[:, 0])
+    summary: dict[str, Any] = {}
+    for modality in sorted(set(pairs.modality)):
+        kept = float(scores.admitted_N[pairs.modality == modality].mean())
+        summary[modality] = {"skill": None, "competent": True, "kept": round(kept, 4), "mean_cosine": None}
+    return scores, summary
 
 
 def rank_among(
@@ -287,7 +311,8 @@ def format_summary(summary: dict[str, dict[str, Any]]) -> str:
         cells = []
         for modality in modalities:
             entry = by_modality[modality]
-            skill = "no vectors" if entry["skill"] is None else f"skill {entry['skill']:.2f}"
+            unscored = "images only" if entry["competent"] else "no vectors"
+            skill = unscored if entry["skill"] is None else f"skill {entry['skill']:.2f}"
             cells.append(f"{skill} kept {entry['kept']:.0%}".ljust(cell))
         lines.append(teacher.ljust(width) + "".join(cells))
     return "\n".join(lines)

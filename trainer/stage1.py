@@ -11,7 +11,8 @@ from trainer.data import TrainData
 from trainer.launch import TrainResult, build_order, check_cluster, find_rows, launch, run_identity
 from trainer.objectives import ContrastiveObjective
 from trainer.record import Job
-from trainer.student import Student, load_pretrained
+from trainer.starting_weights import load_start
+from trainer.student import Student
 
 
 def train_stage1(lake_uri: str, run: str, config: Stage1Config) -> TrainResult:
@@ -29,7 +30,7 @@ def train_stage1(lake_uri: str, run: str, config: Stage1Config) -> TrainResult:
     """
     lake = open_lake(lake_uri)
     placement = check_cluster(config.scale, config.data)
-    architecture = resolve_architecture(config.model.architecture)
+    architecture = resolve_architecture(config.model.architecture, config.model.tokenizer)
     rows = find_rows(lake, (), None, config.data.seed)
     order = build_order(rows, config.data, lake)
     job = Job(
@@ -50,5 +51,4 @@ def train_stage1(lake_uri: str, run: str, config: Stage1Config) -> TrainResult:
 
 
 def _start(model: ModelConfig, student: Student) -> None:
-    if model.weights is not None:
-        load_pretrained(student, model.weights, model.architecture)
+    load_start(student, model)

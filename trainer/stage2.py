@@ -16,6 +16,9 @@ from trainer.objectives import DistillObjective
 from trainer.record import Job
 from trainer.student import Student
 
+IMAGE_ENCODER_SCALE = 1 / 0.07
+"""Factor on the cosines among pictures of a teacher that learned none, having no text tower: CLIP's first value."""
+
 
 def train_stage2(lake_uri: str, run: str, init: str | None, config: Stage2Config) -> TrainResult:
     """Distil a lake's teachers into a student, or go on where the run of this name stopped.
@@ -43,7 +46,7 @@ def train_stage2(lake_uri: str, run: str, init: str | None, config: Stage2Config
     selection, teachers = choose_selection(lake, config)
     rows = find_rows(lake, teachers, selection, config.data.seed)
     order = build_order(rows, config.data, lake)
-    own = {name: float(lake.read_teacher(name)["logit_scale"]) for name in teachers}
+    own = {name: float(lake.read_teacher(name)["logit_scale"] or IMAGE_ENCODER_SCALE) for name in teachers}
     scales = {name: config.distill.teacher_scale or scale for name, scale in own.items()}
     start_scale = float(checkpoint.tensors(MODEL)["logit_scale"].exp())
     facts = {

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -71,55 +67,14 @@ class Student(nn.Module):
             ) from error
 
 
-def load_pretrained(student: Student, weights: str, name: str) -> None:
-    """Start from open_clip weights: a checkpoint file, or a pretrained tag of the built-in architecture ``name``.
-
-    Raises:
-        TrainError: There is no such file or tag, or it does not fit.
-    """
-    import open_clip
-
-    path = Path(weights)
-    if not path.is_file():
-        tag = open_clip.get_pretrained_cfg(name, weights)
-        if not tag:
-            raise TrainError(
-                f"model.weights={weights!r} is neither a file nor a pretrained tag of {name} "
-                f"(tags: {', '.join(open_clip.list_pretrained_tags_by_model(name)) or 'none'})."
-            )
-        if bool(tag.get("quick_gelu")) != bool((open_clip.get_model_config(name) or {}).get("quick_gelu")):
-            raise TrainError(
-                f"model.weights={weights!r} were trained with another activation than {name} has (QuickGELU against "
-                "GELU). Use the architecture's variant with, or without, -quickgelu."
-            )
-        path = Path(open_clip.download_pretrained(tag))
-    try:
-        # open_clip's own loader resizes position embeddings and unpicks the layouts of older files.
-        open_clip.load_checkpoint(student.model, str(path), strict=True, weights_only=True)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise TrainError(f"The weights in {path} do not fit {name}: {' '.join(str(error).split())[:600]}") from error
-
-
 def _build(architecture: Architecture) -> nn.Module:
-    import open_clip
+    from common.models.open_clip import build
 
-    folder = architecture.local_folder()
     try:
-        with _quiet():
-            return open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
+        module: nn.Module = build(architecture.config["model_cfg"])
     except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError) as error:
         raise TrainError(
-            f"open_clip cannot build the student from {folder}: {type(error).__name__}: {str(error)[:600]}"
+            f"open_clip cannot build the student {architecture.config['model_cfg']}: {type(error).__name__}: "
+            f"{str(error)[:600]}"
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back open_clip's warning that the folder has no weights: it is meant to have none."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
+    return module

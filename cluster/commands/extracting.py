@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands.options import Catalog, ConfigFile, Overrides, PrintConfig, Teachers, show_config, split_names
+from cluster.commands.options import (
+    Catalog,
+    ConfigFile,
+    Overrides,
+    PrintConfig,
+    Store,
+    Teachers,
+    show_config,
+    split_names,
+)
 from cluster.session import ray_session
 from common.config import load_config
 from extractor.config import ExtractConfig, IngestConfig
@@ -58,6 +67,13 @@ def extract(
     lake: Annotated[str, typer.Argument(metavar="LAKE", help="Folder or address of the lake.")],
     teachers: Teachers = None,
     catalog: Catalog = None,
+    store: Store = None,
+    accept_terms: Annotated[
+        str | None,
+        typer.Option(
+            "--accept-terms", metavar="NAME,NAME", help="Teachers whose conditions on trained models you accept."
+        ),
+    ] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Pictures per forward pass.")] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
@@ -73,6 +89,8 @@ def extract(
         overrides or (),
         teachers=split_names(teachers),
         catalog=catalog,
+        store=store,
+        accept_terms=split_names(accept_terms),
         micro_batch=micro_batch,
     )
     if print_config:

@@ -28,6 +28,17 @@ Catalog = Annotated[
     str | None, typer.Option("--catalog", metavar="FILE", help="YAML file with models of your own.", show_default=False)
 ]
 
+Store = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="URI",
+        envvar="MMKD_STORE",
+        help="Model store: a folder or address filled by `mmkd teachers fetch`.",
+        show_default=False,
+    ),
+]
+
 
 def split_names(value: str | None) -> tuple[str, ...] | None:
     """``"a,b"`` -> ``("a", "b")``; None stays None."""

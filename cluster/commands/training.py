@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands.options import Catalog, ConfigFile, Overrides, PrintConfig, Teachers, show_config, split_names
+from cluster.commands.options import (
+    Catalog,
+    ConfigFile,
+    Overrides,
+    PrintConfig,
+    Store,
+    Teachers,
+    show_config,
+    split_names,
+)
 from cluster.session import ray_session
 from common.config import load_config
 from trainer.config import EvaluateConfig, SelectConfig, Stage1Config, Stage2Config
@@ -100,6 +109,7 @@ def evaluate(
         typer.Option("--models", metavar="REF,REF", help="Teachers, checkpoints, runs or exported folders; NAME=REF."),
     ],
     catalog: Catalog = None,
+    store: Store = None,
     split: Annotated[str | None, typer.Option(help="train, val or test.")] = None,
     templates: Annotated[str | None, typer.Option(help="YAML file of prompt templates.")] = None,
     config: ConfigFile = None,
@@ -122,20 +132,30 @@ def evaluate(
 
     open_lake(lake)
     known = read_catalog(catalog)
-    result = run(lake, [find_model(reference, known) for reference in split_names(models) or ()], settings)
+    result = run(lake, [find_model(reference, known, store=store) for reference in split_names(models) or ()], settings)
     typer.echo(format_table(result.scores))
     typer.echo(f"Scores: {result.uri}")
 
 
 def export(
-    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Run or checkpoint folder.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CKPT", help="Run or checkpoint folder, or a published model as NAME or NAME=FILE.")
+    ],
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Where the model folder goes.")],
     force: Annotated[bool, typer.Option("--force", help="Replace what is in DIR.")] = False,
+    catalog: Catalog = None,
+    store: Store = None,
 ) -> None:
     """Write a folder that stock open_clip loads, with a model card.
 
     Example: mmkd export ./lake/runs/stage2 ./student
     """
-    from trainer.export import export_checkpoint
+    from common.models.load import find_spec, read_catalog
+    from common.storage import Storage
+    from trainer.export import export_checkpoint, export_model
 
+    known = read_catalog(catalog)
+    if checkpoint.partition("=")[0] in known or Storage(checkpoint).is_file():
+        typer.echo(export_model(find_spec(checkpoint, known, store), folder, force=force))
+        return
     typer.echo(export_checkpoint(checkpoint, folder, force=force))

@@ -1,4 +1,4 @@
-"""Where a model's files lie: a local folder, an fsspec address (copied to a cache once), or the hub at a revision."""
+"""Where a model's files lie: a local folder or file, an fsspec address (copied to a cache once), or the hub."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,30 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-CHECKPOINT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+CHECKPOINT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".torch")
+CONFIG_FILES = ("open_clip_config.json", "config.json", "preprocessor_config.json")
+STORE_MANIFEST = "teacher.json"
+"""Written last into a model's folder in a store; lists its files with their sha256."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model's folder on this machine, and its checkpoint where a single file was named."""
+
+    folder: Path
+    file: Path | None = None
+
+    def weights(self, preferred: tuple[str, ...], model: str) -> Path:
+        """The checkpoint: the file that was named, the first preferred name that is there, else the only candidate.
+
+        Raises:
+            ModelError: There is none, or there are several and none is preferred.
+        """
+        return self.file or find_weights(self.folder, preferred, model)
+
+    def has(self, name: str) -> bool:
+        """Whether the folder counts and holds this file; beside a single named file, only tokenizers are looked for."""
+        return self.file is None and (self.folder / name).is_file()
 
 
 def cache_folder() -> Path:
@@ -34,57 +58,154 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MMKD_CACHE", Path.home() / ".cache" / "mmkd")) / "models"
 
 
-def local_copy(spec: ModelSpec) -> Path:
-    """The model's folder (or checkpoint file) on this machine, fetched first if it is elsewhere.
+def locate(spec: ModelSpec, weights: bool = True) -> ModelFiles:
+    """The model's files on this machine, fetched first if they are elsewhere, checked where a store lists their hashes.
+
+    Args:
+        spec: The entry.
+        weights: False when only configuration and tokenizer are wanted: hashing gigabytes of weights is then left out.
 
     Raises:
-        ModelError: It is not there, or cannot be fetched.
+        ModelError: They are not there, cannot be fetched, or are not what the store's manifest lists.
     """
+    if spec.path is not None:
+        return _from_path(spec, spec.path, weights)
     if spec.hub_id is not None:
-        return _from_hub(spec, spec.hub_id)
-    if spec.path is None:
-        raise ModelError(f"Model {spec.name!r} has no folder: it is the built-in {spec.architecture}.")
-    storage = Storage(spec.path)
+        return ModelFiles(_from_hub(spec, spec.hub_id))
+    if spec.source.url is not None:
+        raise ModelError(
+            f"Model {spec.name!r} is not on the model hub. Download {' and '.join(spec.source.files) or 'its files'} "
+            f"from {spec.source.url} and give the file: {spec.name}=FILE, or put it into a store with "
+            f"`mmkd teachers fetch {spec.name} --store URI --from {spec.name}=FILE`."
+        )
+    raise ModelError(f"Model {spec.name!r} has no folder: it is the built-in {spec.architecture}.")
+
+
+def _from_path(spec: ModelSpec, path: str, weights: bool) -> ModelFiles:
+    storage = Storage(path)
     if not storage.exists():
         raise ModelError(
-            f"Model {spec.name!r}: nothing at {spec.path}. Check the path in the command line or in the catalog YAML."
+            f"Model {spec.name!r}: nothing at {path}. Check the path in the command line or in the catalog YAML."
         )
-    return Path(storage.path()) if storage.is_local else _from_address(storage)
+    here = Path(storage.path()) if storage.is_local else _from_address(storage)
+    if here.is_file():
+        return ModelFiles(here.parent, here)
+    verify_folder(here, spec.name, weights)
+    return ModelFiles(here)
+
+
+def verify_folder(folder: Path, model: str, weights: bool = True) -> None:
+    """Compare a store's model folder with the sizes and hashes in its manifest; a folder without one is the user's own.
+
+    Raises:
+        ModelError: A file is missing, torn, or not the one that was fetched.
+    """
+    if not (folder / STORE_MANIFEST).is_file():
+        return
+    for name, facts in read_model_json(folder, STORE_MANIFEST, model)["files"].items():
+        file = folder / name
+        if not weights and file.suffix in CHECKPOINT_SUFFIXES:
+            continue
+        found = file.stat().st_size if file.is_file() else None
+        if found != facts["bytes"] or file_sha256(file) != facts["sha256"]:
+            raise ModelError(
+                f"Model {model!r}: {file} is not the file that was fetched ({found} bytes found, {facts['bytes']} "
+                f"recorded with sha256 {facts['sha256'][:16]}). It is torn or was replaced; delete the folder and run "
+                "`mmkd teachers fetch` again."
+            )
 
 
 def _from_address(storage: Storage) -> Path:
+    """A copy of a remote folder, or of a single remote file, made once."""
     # Keyed by what the store says of each file (ETag, time of change), so that replaced files are fetched again:
     # new weights of the same architecture have the same size.
     storage.fs.invalidate_cache(storage.path())
-    marks = [[name, str(storage.fs.ukey(storage.path(name)))] for name in storage.list_files()]
+    single = storage.fs.isfile(storage.path())
+    folder, _, last = storage.uri.rpartition("/")
+    source = Storage(folder) if single else storage
+    names = [last] if single else source.list_files()
+    marks = [[name, str(source.fs.ukey(source.path(name)))] for name in names]
     target = cache_folder() / fingerprint([storage.uri, marks])
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=target.parent))
-        for name in storage.list_files():
-            (partial / name).write_bytes(storage.read_bytes(name))
+        for name in names:
+            source.download(name, partial / name)
         try:
             partial.rename(target)
         except OSError:  # another worker on this machine was first; its copy is as good
             shutil.rmtree(partial)
-    return target
+    return target / last if single else target
 
 
-def _from_hub(spec: ModelSpec, hub_id: str) -> Path:
+def hub_snapshot(repository: str, patterns: list[str], revision: str | None = None, repo_type: str = "model") -> Path:
+    """The wanted files of a hub repository, from the local cache when the hub is off; downloads resume.
+
+    The token of a gated repository is the hub library's own affair (``HF_TOKEN``); it is never read here.
+
+    Raises:
+        ModelError: The hub, the repository or the revision cannot be reached.
+    """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "*.txt", "*.model", "*.safetensors", "open_clip*.bin", "pytorch_model.bin"]
-        folder = huggingface_hub.snapshot_download(hub_id, revision=spec.revision, allow_patterns=patterns)
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository, revision=revision, repo_type=repo_type, allow_patterns=patterns
+            )
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        at = f" at revision {spec.revision}" if spec.revision else ""
+        at = f" at revision {revision}" if revision else ""
         raise ModelError(
-            f"Model {spec.name!r}: {hub_id}{at} could not be fetched from the model hub "
-            f"({type(error).__name__}). Check the network and the name; a gated repository also needs HF_TOKEN in the "
-            "environment. With no network, put the files in a folder and use NAME=FOLDER."
+            f"{repository}{at} could not be fetched from the model hub ({type(error).__name__}). Check the network and "
+            "the name; a gated repository also needs its terms accepted on the hub and HF_TOKEN in the environment. "
+            "With no network, put the files in a folder and use NAME=FOLDER."
         ) from error
-    return Path(folder)
+
+
+def hub_patterns(spec: ModelSpec) -> list[str]:
+    """Which files of a model's repository are needed: its configuration, tokenizer and weights."""
+    weights = [*spec.source.files] or ["*.safetensors", "open_clip*.bin", "pytorch_model.bin"]
+    return [*CONFIG_FILES, *TOKENIZER_FILES, *weights]
+
+
+def _from_hub(spec: ModelSpec, hub_id: str) -> Path:
+    try:
+        return hub_snapshot(hub_id, hub_patterns(spec), spec.revision, spec.source.repo_type)
+    except ModelError as error:
+        raise ModelError(f"Model {spec.name!r}: {error}") from error.__cause__
+
+
+def tokenizer_folder(spec: ModelSpec, files: ModelFiles, default: str | None = None) -> Path:
+    """The folder with a model's tokenizer: the one its recipe names, its own, or the hub repository its recipe names.
+
+    Args:
+        spec: The entry.
+        files: Where the model lies.
+        default: The hub repository to use when the recipe names none.
+
+    Raises:
+        ModelError: There is none.
+    """
+    named = spec.recipe.tokenizer or default
+    if named is not None and (named.startswith((".", "/")) or "://" in named or Path(named).is_dir()):
+        storage = Storage(named)
+        if not storage.exists():
+            raise ModelError(f"Model {spec.name!r}: there is no tokenizer folder at {named}.")
+        folder = Path(storage.path()) if storage.is_local else _from_address(storage)
+        return folder.parent if folder.is_file() else folder
+    if any((files.folder / name).is_file() for name in TOKENIZER_FILES):
+        return files.folder
+    if named is None:
+        raise ModelError(f"Model {spec.name!r}: {files.folder} holds no tokenizer files (such as tokenizer.json).")
+    try:
+        return hub_snapshot(named, [*TOKENIZER_FILES, "config.json"])
+    except ModelError as error:
+        raise ModelError(
+            f"Model {spec.name!r} needs the tokenizer of {named}, which is not beside its weights. {error} Or put its "
+            f"files (vocab.txt or tokenizer.json) beside the weights, or name their folder as recipe.tokenizer."
+        ) from error.__cause__
 
 
 def family_of_folder(path: str) -> str:
@@ -141,7 +262,7 @@ def file_sha256(path: Path) -> str:
     return _hash_file(str(path), stat.st_size, stat.st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def _hash_file(path: str, size: int, modified: int) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

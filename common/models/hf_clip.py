@@ -11,7 +11,16 @@ import torch
 from common.config import fingerprint
 from common.errors import ModelError
 from common.models.dual_encoder import Tokenize
-from common.models.files import file_sha256, find_weights, local_copy, read_model_json, tokenizer_sha256
+from common.models.encoder import Encoder
+from common.models.expect import activation_of, check_expectation
+from common.models.files import (
+    ModelFiles,
+    file_sha256,
+    locate,
+    read_model_json,
+    tokenizer_folder,
+    tokenizer_sha256,
+)
 from common.models.spec import Geometry, ModelDescription, ModelSpec
 
 PREFERRED = ("model.safetensors", "pytorch_model.bin")
@@ -20,12 +29,13 @@ _FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling values, as proc
 
 def describe(spec: ModelSpec) -> ModelDescription:
     """Read geometry, constants and sizes from the model's JSON files, and hash the checkpoint."""
-    folder = local_copy(spec)
+    files, recipe = _folder(spec), spec.recipe
+    folder = files.folder
     config = read_model_json(folder, "config.json", spec.name)
     processor = read_model_json(folder, "preprocessor_config.json", spec.name)
     text_config = config.get("text_config") or {}
     dim = config.get("projection_dim") or text_config.get("projection_size") or text_config.get("hidden_size")
-    mean, std = processor.get("image_mean"), processor.get("image_std")
+    mean, std = recipe.mean or processor.get("image_mean"), recipe.std or processor.get("image_std")
     if dim is None or mean is None or std is None:
         raise ModelError(
             f"Model {spec.name!r}: {folder} does not state its width (projection_dim) or its image_mean and image_std; "
@@ -34,18 +44,38 @@ def describe(spec: ModelSpec) -> ModelDescription:
     return ModelDescription(
         name=spec.name,
         family="hf_clip",
-        weights_sha256=file_sha256(find_weights(folder, PREFERRED, spec.name)),
+        weights_sha256=file_sha256(files.weights(PREFERRED, spec.name)),
         architecture=f"{config.get('model_type')}:{fingerprint(config)}",
-        geometry=spec.geometry or _geometry(processor, spec.name),
-        mean=spec.mean or tuple(mean),
-        std=spec.std or tuple(std),
-        tokenizer_sha256=tokenizer_sha256(folder, "max_length"),
-        # transformers' CLIP text default, for configurations that leave it out
-        context_length=int(text_config.get("max_position_embeddings", 77)),
+        geometry=recipe.geometry or _geometry(processor, spec.name),
+        mean=tuple(mean),
+        std=tuple(std),
+        tokenizer_sha256=tokenizer_sha256(tokenizer_folder(spec, files), "max_length"),
+        context_length=_context_length(spec, folder),
         image_dim=int(dim),
         text_dim=int(dim),
-        dtype=spec.dtype,
+        dtype=recipe.dtype,
     )
+
+
+def _folder(spec: ModelSpec, weights: bool = True) -> ModelFiles:
+    """The model's folder; a single file says too little to build a transformers model from.
+
+    Raises:
+        ModelError: A file was named.
+    """
+    files = locate(spec, weights)
+    if files.file is not None:
+        raise ModelError(
+            f"Model {spec.name!r}: {files.file} is a single file, and a transformers model needs its folder with "
+            "config.json, preprocessor_config.json and the tokenizer. Give the folder."
+        )
+    return files
+
+
+def _context_length(spec: ModelSpec, folder: Path) -> int:
+    text_config = read_model_json(folder, "config.json", spec.name).get("text_config") or {}
+    # 77: transformers' CLIP text default, for configurations that leave it out
+    return spec.recipe.context_length or int(text_config.get("max_position_embeddings", 77))
 
 
 def _geometry(processor: dict[str, Any], name: str) -> Geometry:
@@ -54,17 +84,13 @@ def _geometry(processor: dict[str, Any], name: str) -> Geometry:
     if isinstance(size, dict):
         side = size.get("shortest_edge") or size.get("height")
         resize = "shortest" if "shortest_edge" in size else "squash"
+    values: dict[str, Any] = {"size": side, "resize": resize, "crop_rounding": "floor"}
     if processor.get("do_center_crop", crop is not None) and crop is not None:
         target = crop["height"] if isinstance(crop, dict) else crop
-        if target != side:
-            raise ModelError(
-                f"Model {name!r} resizes to {side} and crops to {target}; only equal sizes are supported. "
-                "State a geometry for it in the catalog YAML."
-            )
-    filter_name = _FILTERS.get(processor.get("resample", 3))
-    if filter_name is None:
+        values |= {"size": target, "resize_to": side if side != target else None}
+    values["interpolation"] = _FILTERS.get(processor.get("resample", 3))
+    if values["interpolation"] is None:
         raise ModelError(f"Model {name!r} resamples with Pillow filter {processor.get('resample')}; not supported.")
-    values = {"size": side, "resize": resize, "interpolation": filter_name, "crop_rounding": "floor"}
     return Geometry.model_validate(values)
 
 
@@ -72,8 +98,9 @@ def load_tokenizer(spec: ModelSpec) -> Tokenize:
     """The model's own tokenizer, padded and cut to the context length (the end-of-text token is kept)."""
     from transformers import AutoTokenizer
 
-    folder, length = local_copy(spec), describe(spec).context_length
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    files = _folder(spec, weights=False)
+    length = _context_length(spec, files.folder)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(spec, files))
 
     def tokenize(captions: list[str]) -> np.ndarray:
         ids = tokenizer(captions, padding="max_length", truncation=True, max_length=length).input_ids
@@ -90,7 +117,8 @@ def load(spec: ModelSpec) -> HfClipEncoder:
     """
     from transformers import AutoModel
 
-    folder = local_copy(spec)
+    files = _folder(spec)
+    folder = files.folder
     try:
         model, info = AutoModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -107,7 +135,27 @@ def load(spec: ModelSpec) -> HfClipEncoder:
         callable(getattr(model, "get_image_features", None)) and callable(getattr(model, "get_text_features", None))
     ):
         raise ModelError(f"Model {spec.name!r} is a {type(model).__name__}, which has no image and text features.")
-    return HfClipEncoder(model, describe(spec), _pad_id(folder))
+    description = describe(spec)
+    check_expectation(spec, description, inspect(model))
+    encoder = HfClipEncoder(model, description, model.logit_scale, lambda: load_tokenizer(spec))
+    encoder.pad_id = _pad_id(tokenizer_folder(spec, files))
+    return encoder
+
+
+def inspect(model: Any) -> dict[str, Any]:
+    """What the towers are like inside, by the names of ``Expectation``."""
+    found: dict[str, Any] = {}
+    vision, text = getattr(model.config, "vision_config", None), getattr(model.config, "text_config", None)
+    if vision is not None:
+        found |= {"image_heads": getattr(vision, "num_attention_heads", None)}
+        found |= {"patch_size": getattr(vision, "patch_size", None)}
+        # The module, not the configuration's word for it: that is what runs.
+        acts = [m for n, m in model.vision_model.named_modules() if n.endswith("mlp.activation_fn")]
+        if acts:
+            found["activation"] = activation_of(acts[0])
+    if text is not None:
+        found["text_heads"] = getattr(text, "num_attention_heads", None)
+    return found
 
 
 def _pad_id(folder: Path) -> int | None:
@@ -119,31 +167,18 @@ def _pad_id(folder: Path) -> int | None:
     return None if causal else tokenizer.pad_token_id
 
 
-class HfClipEncoder:
+class HfClipEncoder(Encoder):
     """A dual encoder around a transformers model. B = batch, L = context length, D = width."""
 
-    def __init__(self, model: Any, description: ModelDescription, pad_id: int | None) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.description = description
-        self.pad_id = pad_id
-        self.logit_scale = float(self.model.logit_scale.detach().exp().mean())
-        self._mean = torch.tensor(description.mean).view(1, 3, 1, 1) * 255
-        self._std = torch.tensor(description.std).view(1, 3, 1, 1) * 255
+    pad_id: int | None = None
+    """Set by ``load`` where pads must be masked."""
 
-    def to(self, device: str) -> HfClipEncoder:
-        """Move the weights and the constants to a device and return self."""
-        self.model.to(device)
-        self._mean, self._std = self._mean.to(device), self._std.to(device)
-        return self
-
-    def encode_image(self, pixels_BHWC: torch.Tensor) -> torch.Tensor:
-        """Uint8 [B, H, W, 3] -> float32 [B, D], not normalised."""
-        pixels_BCHW = (pixels_BHWC.permute(0, 3, 1, 2).float() - self._mean) / self._std
+    def image_features(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        """Standardised pixels -> [B, D]."""
         return _tensor(self.model.get_image_features(pixel_values=pixels_BCHW))
 
-    def encode_text(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """Token ids [B, L] -> float32 [B, D], not normalised."""
-        tokens_BL = tokens_BL.long()
+    def text_features(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """Token ids -> [B, D]."""
         mask_BL = None if self.pad_id is None else (tokens_BL != self.pad_id).long()
         return _tensor(self.model.get_text_features(input_ids=tokens_BL, attention_mask=mask_BL))
 

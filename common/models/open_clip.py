@@ -1,7 +1,8 @@
-"""The open_clip family: model folders (``open_clip_config.json``), hub ids, and architecture + pretrained tag."""
+"""The open_clip family: built-in architectures, folders and repositories in open_clip's layout, bare checkpoints."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,16 @@ import torch
 
 from common.config import fingerprint
 from common.errors import ModelError
+from common.models.architectures import packaged, read_architecture, text_tower
+from common.models.bert_tokens import loadable_folder
 from common.models.dual_encoder import Tokenize
-from common.models.files import file_sha256, find_weights, local_copy, read_model_json, tokenizer_sha256
+from common.models.encoder import Encoder
+from common.models.expect import activation_of, check_expectation
+from common.models.files import ModelFiles, file_sha256, locate, read_model_json, tokenizer_folder, tokenizer_sha256
 from common.models.spec import Geometry, ModelDescription, ModelSpec
+from common.models.tensors import Tensors, load_strictly, read_tensors
 
+CONFIG = "open_clip_config.json"
 PREFERRED = (  # the order of open_clip.factory._find_checkpoint_in_dir
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
@@ -22,56 +29,115 @@ PREFERRED = (  # the order of open_clip.factory._find_checkpoint_in_dir
     "open_clip_pytorch_model.pth",
     "model.safetensors",
 )
+DEFAULT_CONTEXT = 77
 
 
 @dataclass(frozen=True)
-class _Files:
-    """A model's configuration, its checkpoint, and its folder when it has one."""
+class OpenClipFiles:
+    """A model's configuration as its recipe has it, its checkpoint, and where both lie."""
 
     model_cfg: dict[str, Any]
     preprocess_cfg: dict[str, Any]
-    weights: Path
-    folder: Path | None
+    files: ModelFiles | None
+    """None: a built-in architecture with a tag or a file of its own."""
+    tag_file: Path | None = None
+
+    @property
+    def text_cfg(self) -> dict[str, Any]:
+        """The text tower's part of the configuration."""
+        return dict(self.model_cfg.get("text_cfg", {}))
+
+    @property
+    def context_length(self) -> int:
+        """Tokens per caption."""
+        return int(self.text_cfg.get("context_length", DEFAULT_CONTEXT))
+
+    def weights(self, model: str) -> Path:
+        """The checkpoint file."""
+        if self.files is None:
+            assert self.tag_file is not None
+            return self.tag_file
+        return self.files.weights(PREFERRED, model)
 
 
-def _locate(spec: ModelSpec) -> _Files:
+def find_files(spec: ModelSpec, weights: bool = True) -> OpenClipFiles:
+    """Resolve an entry to configuration and checkpoint, with its recipe's choices put into the configuration.
+
+    Args:
+        spec: The entry.
+        weights: False when only the tokenizer is wanted: then a store's weights are not verified.
+
+    Raises:
+        ModelError: Something is missing, unknown or contradictory.
+    """
+    if spec.pretrained is not None and spec.architecture is not None:
+        found = _built_in(spec, spec.architecture, spec.pretrained)
+    else:
+        files = locate(spec, weights)
+        if files.has(CONFIG):
+            config = read_model_json(files.folder, CONFIG, spec.name)
+            found = OpenClipFiles(config.get("model_cfg", config), config.get("preprocess_cfg", {}), files)
+        else:
+            config = architecture_config(spec)
+            found = OpenClipFiles(config["model_cfg"], config.get("preprocess_cfg", {}), files)
+    return OpenClipFiles(_with_recipe(found.model_cfg, spec), found.preprocess_cfg, found.files, found.tag_file)
+
+
+def architecture_config(spec: ModelSpec) -> dict[str, Any]:
+    """``model_cfg`` (and perhaps ``preprocess_cfg``) of the architecture an entry names.
+
+    Raises:
+        ModelError: It names none, or one that nobody knows.
+    """
     import open_clip
 
-    if spec.pretrained is not None and spec.architecture is not None:
-        model_cfg = open_clip.get_model_config(spec.architecture)
-        if model_cfg is None:
-            raise ModelError(f"Model {spec.name!r}: open_clip knows no architecture {spec.architecture!r}.")
-        if Path(spec.pretrained).is_file():
-            return _Files(model_cfg, {}, Path(spec.pretrained), None)
-        tag_cfg = open_clip.get_pretrained_cfg(spec.architecture, spec.pretrained)
-        if not tag_cfg:
-            known = ", ".join(open_clip.list_pretrained_tags_by_model(spec.architecture)) or "none"
-            raise ModelError(
-                f"Model {spec.name!r}: {spec.pretrained!r} is neither a file nor a pretrained tag of "
-                f"{spec.architecture} (known tags: {known})."
-            )
-        if bool(tag_cfg.get("quick_gelu")) != bool(model_cfg.get("quick_gelu")):
-            raise ModelError(
-                f"Model {spec.name!r}: the weights {spec.pretrained!r} were trained with "
-                f"{'QuickGELU' if tag_cfg.get('quick_gelu') else 'GELU'} and the architecture {spec.architecture} uses "
-                f"the other. Name the architecture {_other_activation(spec.architecture)} instead."
-            )
-        try:
-            weights = Path(open_clip.download_pretrained(tag_cfg))
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ModelError(
-                f"Model {spec.name!r}: the weights {spec.architecture}/{spec.pretrained} could not be fetched "
-                f"({type(error).__name__}: {error}). Check the network, or give a file as pretrained."
-            ) from error
-        return _Files(model_cfg, dict(tag_cfg), weights, None)
-    folder = local_copy(spec)
-    config = read_model_json(folder, "open_clip_config.json", spec.name)
-    return _Files(
-        config.get("model_cfg", config),
-        config.get("preprocess_cfg", {}),
-        find_weights(folder, PREFERRED, spec.name),
-        folder,
-    )
+    if spec.architecture is None:
+        raise ModelError(
+            f"Model {spec.name!r}: there is no {CONFIG} beside the weights and the entry names no architecture. State "
+            "architecture: (such as ViT-B-16) in the catalog YAML."
+        )
+    config = read_architecture(spec.architecture, spec.name)
+    if config is not None:
+        if "model_cfg" not in config:
+            raise ModelError(f"Model {spec.name!r}: the architecture {spec.architecture} has no model_cfg.")
+        return config
+    model_cfg = open_clip.get_model_config(spec.architecture)
+    if model_cfg is None:
+        raise ModelError(
+            f"Model {spec.name!r}: open_clip knows no architecture {spec.architecture!r}, and it is neither a JSON "
+            f"file nor one of {', '.join(packaged())}."
+        )
+    return {"model_cfg": model_cfg}
+
+
+def _built_in(spec: ModelSpec, architecture: str, pretrained: str) -> OpenClipFiles:
+    import open_clip
+
+    config = architecture_config(spec)
+    model_cfg = config["model_cfg"]
+    if Path(pretrained).is_file():
+        return OpenClipFiles(model_cfg, config.get("preprocess_cfg", {}), None, Path(pretrained))
+    tag_cfg = open_clip.get_pretrained_cfg(architecture, pretrained)
+    if not tag_cfg:
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
+        raise ModelError(
+            f"Model {spec.name!r}: {pretrained!r} is neither a file nor a pretrained tag of "
+            f"{architecture} (known tags: {known})."
+        )
+    if bool(tag_cfg.get("quick_gelu")) != bool(model_cfg.get("quick_gelu")):
+        raise ModelError(
+            f"Model {spec.name!r}: the weights {pretrained!r} were trained with "
+            f"{'QuickGELU' if tag_cfg.get('quick_gelu') else 'GELU'} and the architecture {architecture} uses "
+            f"the other. Name the architecture {_other_activation(architecture)} instead."
+        )
+    try:
+        weights = Path(open_clip.download_pretrained(tag_cfg))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"Model {spec.name!r}: the weights {architecture}/{pretrained} could not be fetched "
+            f"({type(error).__name__}: {error}). Check the network, or give a file as pretrained."
+        ) from error
+    return OpenClipFiles(model_cfg, dict(tag_cfg), None, weights)
 
 
 def _other_activation(architecture: str) -> str:
@@ -79,56 +145,72 @@ def _other_activation(architecture: str) -> str:
     return architecture.removesuffix(suffix) if architecture.endswith(suffix) else architecture + suffix
 
 
+def _with_recipe(model_cfg: dict[str, Any], spec: ModelSpec) -> dict[str, Any]:
+    """The configuration in today's words, with the activation and context length that the recipe states."""
+    config = copy.deepcopy(model_cfg)
+    text = config.setdefault("text_cfg", {})
+    # BiomedCLIP's first revisions use the names of open_clip 2.x.
+    for old, new in (("proj", "hf_proj_type"), ("pooler_type", "hf_pooler_type")):
+        if old in text and "hf_model_name" in text:
+            text[new] = text.pop(old)
+    if spec.recipe.activation is not None:
+        config["quick_gelu"] = spec.recipe.activation == "quickgelu"
+    if spec.recipe.context_length is not None:
+        text["context_length"] = spec.recipe.context_length
+    return config
+
+
 def describe(spec: ModelSpec) -> ModelDescription:
     """Read geometry, constants and sizes from the configuration, and hash the checkpoint."""
+    return describe_files(spec, find_files(spec))
+
+
+def describe_files(spec: ModelSpec, found: OpenClipFiles) -> ModelDescription:
+    """The description of an open_clip model whose files have been found."""
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
-    files = _locate(spec)
-    text_cfg, vision_cfg = files.model_cfg.get("text_cfg", {}), files.model_cfg.get("vision_cfg", {})
-    preprocess = files.preprocess_cfg
+    vision_cfg, preprocess, recipe = found.model_cfg.get("vision_cfg", {}), found.preprocess_cfg, spec.recipe
     size = preprocess.get("size", vision_cfg.get("image_size", 224))
     if isinstance(size, list | tuple):
-        if len(set(size)) != 1:
+        if len(set(size[-2:])) != 1:
             raise ModelError(f"Model {spec.name!r} wants {size} pixels; only squares are supported.")
-        size = size[0]
-    geometry = spec.geometry or Geometry(
+        size = size[-1]
+    geometry = recipe.geometry or Geometry(
         size=size,
         resize=preprocess.get("resize_mode") or "shortest",
         interpolation=preprocess.get("interpolation") or "bicubic",
     )
-    uses_hf = "hf_tokenizer_name" in text_cfg or "hf_model_name" in text_cfg
-    named = text_cfg.get("hf_tokenizer_name") or text_cfg.get("hf_model_name")
-    # A folder holds its tokenizer, whatever the configuration calls it; a built-in model is told by the name.
-    settings = [
-        uses_hf if files.folder else [named, spec.architecture if named is None else None],
-        text_cfg.get("tokenizer_kwargs"),
-        text_cfg.get("tokenizer_mode"),
-    ]
     return ModelDescription(
         name=spec.name,
-        family="open_clip",
-        weights_sha256=file_sha256(files.weights),
-        architecture=f"open_clip:{fingerprint(files.model_cfg)}",
+        family=spec.family,
+        weights_sha256=file_sha256(found.weights(spec.name)),
+        architecture=f"open_clip:{fingerprint(found.model_cfg)}",
         geometry=geometry,
-        mean=spec.mean or tuple(preprocess.get("mean") or OPENAI_DATASET_MEAN),
-        std=spec.std or tuple(preprocess.get("std") or OPENAI_DATASET_STD),
-        tokenizer_sha256=tokenizer_sha256(files.folder, settings)
-        if files.folder
-        else fingerprint(["clip-bpe", settings]),
-        context_length=int(text_cfg.get("context_length", 77)),
-        image_dim=int(files.model_cfg["embed_dim"]),
-        text_dim=int(files.model_cfg["embed_dim"]),
-        dtype=spec.dtype,
+        mean=recipe.mean or tuple(preprocess.get("mean") or OPENAI_DATASET_MEAN),
+        std=recipe.std or tuple(preprocess.get("std") or OPENAI_DATASET_STD),
+        tokenizer_sha256=_tokenizer_sha256(spec, found),
+        context_length=found.context_length,
+        image_dim=int(found.model_cfg["embed_dim"]),
+        text_dim=int(found.model_cfg["embed_dim"]),
+        dtype=recipe.dtype,
     )
+
+
+def _tokenizer_sha256(spec: ModelSpec, found: OpenClipFiles) -> str:
+    text = found.text_cfg
+    named = text.get("hf_tokenizer_name") or text.get("hf_model_name")
+    settings = [named is not None, text.get("tokenizer_kwargs"), text.get("tokenizer_mode")]
+    if named is None:
+        return fingerprint(["clip-bpe", settings])
+    if found.files is None:
+        return fingerprint([named, settings])
+    return tokenizer_sha256(tokenizer_folder(spec, found.files, named), settings)
 
 
 def load_tokenizer(spec: ModelSpec) -> Tokenize:
     """The tokenizer open_clip itself would choose for the model."""
-    import open_clip
-
-    files = _locate(spec)
-    name = f"local-dir:{files.folder}" if files.folder else str(spec.architecture)
-    tokenizer: Any = open_clip.get_tokenizer(name)
+    found = find_files(spec, weights=False)
+    tokenizer = _tokenizer(spec, found)
 
     def tokenize(captions: list[str]) -> np.ndarray:
         return np.asarray(tokenizer(captions).numpy(), dtype=np.int32)
@@ -136,50 +218,118 @@ def load_tokenizer(spec: ModelSpec) -> Tokenize:
     return tokenize
 
 
+def _tokenizer(spec: ModelSpec, found: OpenClipFiles) -> Any:
+    import open_clip
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    text = found.text_cfg
+    named = text.get("hf_tokenizer_name") or text.get("hf_model_name")
+    if found.files is not None and named is not None:
+        mode = {"tokenizer_mode": text["tokenizer_mode"]} if text.get("tokenizer_mode") else {}
+        folder = loadable_folder(tokenizer_folder(spec, found.files, named))
+        return HFTokenizer(
+            str(folder), context_length=found.context_length, **mode, **(text.get("tokenizer_kwargs") or {})
+        )
+    if found.files is None and named is not None:
+        return open_clip.get_tokenizer(str(spec.architecture), context_length=found.context_length)
+    return SimpleTokenizer(context_length=found.context_length)
+
+
+def build(model_cfg: dict[str, Any]) -> Any:
+    """An open_clip model with random weights, as ``open_clip.create_model`` would make it, but without the hub.
+
+    Args:
+        model_cfg: open_clip's own configuration; a text tower's comes from this package where it has one.
+    """
+    import open_clip
+
+    config = copy.deepcopy(model_cfg)
+    custom = config.pop("custom_text", False)
+    if "timm_model_name" in config["vision_cfg"]:
+        config["vision_cfg"]["timm_model_pretrained"] = False
+    if "hf_model_name" in config["text_cfg"]:
+        custom = True
+        config["text_cfg"]["hf_model_name"] = text_tower(config["text_cfg"]["hf_model_name"])
+        config["text_cfg"]["hf_model_pretrained"] = False
+    if "multimodal_cfg" in config:
+        return open_clip.CoCa(**config)
+    return open_clip.CustomTextCLIP(**config) if custom else open_clip.CLIP(**config)
+
+
 def load(spec: ModelSpec) -> OpenClipEncoder:
-    """Load strictly (open_clip's own rule: every tensor must be there and fit), on the CPU, in eval mode.
+    """Load strictly, on the CPU, in eval mode.
 
     Raises:
         ModelError: The checkpoint does not fit the architecture, or is not a plain tensor file.
     """
-    import open_clip
+    found = find_files(spec)
+    return load_found(spec, found, read_tensors(found.weights(spec.name), spec.name))
 
-    files = _locate(spec)
+
+def load_found(spec: ModelSpec, found: OpenClipFiles, tensors: Tensors) -> OpenClipEncoder:
+    """Build a model and fill it with tensors by open_clip's names, or by those of an older open_clip."""
+    weights = found.weights(spec.name)
     try:
-        if files.folder is not None:
-            model = open_clip.create_model(f"local-dir:{files.folder}", pretrained_text=False)
-        else:
-            model = open_clip.create_model(str(spec.architecture), pretrained=str(files.weights), pretrained_text=False)
-    except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
+        model = build(found.model_cfg)
+    except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError) as error:
         raise ModelError(
-            f"Model {spec.name!r}: {files.weights} does not load into its architecture: {str(error)[:600]}"
+            f"Model {spec.name!r}: open_clip cannot build the architecture of {weights}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:500]}"
         ) from error
-    return OpenClipEncoder(model, describe(spec))
+    load_strictly(model, todays_names(model, tensors), f"Model {spec.name!r}: {weights}")
+    description = describe_files(spec, found)
+    check_expectation(spec, description, inspect(model))
+    return OpenClipEncoder(model, description, model.logit_scale, lambda: load_tokenizer(spec))
 
 
-class OpenClipEncoder:
-    """A dual encoder around an open_clip model. B = batch, L = context length, D = width."""
+def todays_names(model: Any, tensors: Tensors) -> Tensors:
+    """What ``open_clip.load_checkpoint`` mends in older and foreign layouts; nothing is resized, unlike there."""
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict
 
-    def __init__(self, model: Any, description: ModelDescription) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.description = description
-        self.logit_scale = float(self.model.logit_scale.detach().exp().mean())
-        self._mean = torch.tensor(description.mean).view(1, 3, 1, 1) * 255
-        self._std = torch.tensor(description.std).view(1, 3, 1, 1) * 255
+    found: Tensors = dict(convert_state_dict(model, tensors))
+    if "positional_embedding" in found and not hasattr(model, "positional_embedding"):
+        found = convert_to_custom_text_state_dict(found)
+    for name in ("logit_scale", "logit_bias"):
+        if name in found and getattr(model, name, None) is not None:
+            found[name] = found[name].reshape(getattr(model, name).shape)
+    # Saved by transformers up to 4.30; BiomedCLIP's file holds it.
+    found.pop("text.transformer.embeddings.position_ids", None)
+    return found
 
-    def to(self, device: str) -> OpenClipEncoder:
-        """Move the weights and the constants to a device and return self."""
-        self.model.to(device)
-        self._mean, self._std = self._mean.to(device), self._std.to(device)
-        return self
 
-    def encode_image(self, pixels_BHWC: torch.Tensor) -> torch.Tensor:
-        """Uint8 [B, H, W, 3] -> float32 [B, D], not normalised."""
-        pixels_BCHW = (pixels_BHWC.permute(0, 3, 1, 2).float() - self._mean) / self._std
+def inspect(model: Any) -> dict[str, Any]:
+    """What the towers are like inside, by the names of ``Expectation``."""
+    found: dict[str, Any] = {}
+    visual = model.visual
+    blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
+    trunk = getattr(getattr(visual, "trunk", None), "blocks", None)
+    if blocks is not None:
+        found |= {"image_heads": blocks[0].attn.num_heads, "activation": activation_of(blocks[0].mlp.gelu)}
+        found["patch_size"] = visual.conv1.kernel_size[0]
+    elif trunk is not None:
+        found |= {"image_heads": trunk[0].attn.num_heads, "activation": activation_of(trunk[0].mlp.act)}
+        found["patch_size"] = visual.trunk.patch_embed.patch_size[0]
+    elif hasattr(visual, "attnpool"):
+        found |= {"image_heads": visual.attnpool.num_heads, "activation": "relu"}
+    text = getattr(model, "text", model)
+    tower = text.transformer
+    if hasattr(tower, "resblocks"):
+        found["text_heads"] = tower.resblocks[0].attn.num_heads
+    elif hasattr(tower, "config"):
+        found["text_heads"] = getattr(tower.config, "num_attention_heads", None)
+    return found
+
+
+class OpenClipEncoder(Encoder):
+    """A dual encoder around an open_clip model."""
+
+    def image_features(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        """Standardised pixels -> [B, D]."""
         features_BD: torch.Tensor = self.model.encode_image(pixels_BCHW, normalize=False)
-        return features_BD.float()
+        return features_BD
 
-    def encode_text(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """Token ids [B, L] -> float32 [B, D], not normalised."""
-        features_BD: torch.Tensor = self.model.encode_text(tokens_BL.long(), normalize=False)
-        return features_BD.float()
+    def text_features(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """Token ids -> [B, D]."""
+        features_BD: torch.Tensor = self.model.encode_text(tokens_BL, normalize=False)
+        return features_BD

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from common.errors import TrainError
 from common.storage import Storage
 from trainer.architecture import load_tokenizer, read_architecture, resolve_architecture
-from trainer.student import Student, load_pretrained
+from trainer.starting_weights import load_pretrained
+from trainer.student import Student
 
 
 @pytest.fixture

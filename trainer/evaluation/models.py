@@ -34,7 +34,9 @@ class ModelUnderTest:
     checkpoint: Checkpoint | None = None
 
 
-def find_model(reference: str, catalog: dict[str, ModelSpec], kind: Kind | None = None) -> ModelUnderTest:
+def find_model(
+    reference: str, catalog: dict[str, ModelSpec], kind: Kind | None = None, store: str | None = None
+) -> ModelUnderTest:
     """Resolve what a user typed.
 
     Args:
@@ -42,6 +44,7 @@ def find_model(reference: str, catalog: dict[str, ModelSpec], kind: Kind | None 
             a run (whose best checkpoint is meant, or without validation its newest).
         catalog: The known models, from ``read_catalog``.
         kind: What the scores call it; None decides by what lies there.
+        store: Model store that catalog names are loaded from where it has them.
 
     Raises:
         ModelError: No such entry, or nothing that can be loaded lies at the address.
@@ -51,7 +54,7 @@ def find_model(reference: str, catalog: dict[str, ModelSpec], kind: Kind | None 
     if "/" in name:  # the sign belongs to the address
         mark = ""
     if reference in catalog or (not mark and "/" not in reference):
-        spec = find_spec(reference, catalog)
+        spec = find_spec(reference, catalog, store)
         return ModelUnderTest(spec.name, kind or "teacher", spec)
     if not mark:
         address, name = reference, reference.rstrip("/").rsplit("/", 1)[-1]
@@ -62,8 +65,12 @@ def find_model(reference: str, catalog: dict[str, ModelSpec], kind: Kind | None 
         if inside and not mark:  # .../runs/<run>/checkpoints/step-00000500
             name = f"{run.rsplit('/', 1)[-1]}-{step}"
         return ModelUnderTest(name, kind or "student", checkpoint=load_checkpoint(storage.uri))
-    spec = find_spec(f"{_slug(name)}={storage.uri}", {})
-    return ModelUnderTest(name, kind or ("student" if EXPORT_MANIFEST in files else "teacher"), spec)
+    if storage.is_file():
+        spec = find_spec(f"{name}={storage.uri}" if mark else storage.uri, catalog)
+        return ModelUnderTest(name if mark else spec.name, kind or "teacher", spec)
+    exported = EXPORT_MANIFEST in files
+    spec = find_spec(f"{_slug(name)}={storage.uri}", {} if exported else catalog)
+    return ModelUnderTest(name, kind or ("student" if exported else "teacher"), spec)
 
 
 def _slug(name: str) -> str:
@@ -125,6 +132,14 @@ def spec_of(model: ModelUnderTest) -> Iterator[ModelSpec]:
     with tempfile.TemporaryDirectory(prefix="mmkd-checkpoint-") as folder:
         write_model_files(model.checkpoint, Path(folder))
         yield ModelSpec(name=_slug(model.name), family="open_clip", path=folder)
+
+
+def has_both_towers(model: ModelUnderTest) -> bool:
+    """Whether a model can compare pictures with texts."""
+    if model.spec is None:
+        return True
+    description = describe_model(model.spec)
+    return description.image_dim is not None and description.text_dim is not None
 
 
 def load_under_test(model: ModelUnderTest, device: str) -> LoadedModel:

@@ -14,7 +14,7 @@ from common.lake import open_lake
 from common.logs import logger
 from trainer.config import EvaluateConfig
 from trainer.evaluation.embed import EmbeddedData, embed_data
-from trainer.evaluation.models import LoadedModel, ModelUnderTest, load_under_test
+from trainer.evaluation.models import LoadedModel, ModelUnderTest, has_both_towers, load_under_test
 from trainer.evaluation.prompts import PromptTemplates, load_templates
 from trainer.evaluation.retrieval import retrieval
 from trainer.evaluation.samples import lake_data
@@ -49,7 +49,7 @@ def evaluate(lake_uri: str, models: Sequence[ModelUnderTest], config: EvaluateCo
     templates = load_templates(config.templates)
     data = lake_data(lake, config.split, config.limit)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = [load_under_test(model, device) for model in models]
+    loaded = [load_under_test(model, device) for model in with_both_towers(models)]
     embedded = embed_data(data, loaded, config.batch_size, main_caption_only=config.captions == "main")
     classes = classifiable(embedded, data.classes) if "zero_shot" in config.tasks else {}
     tables = []
@@ -88,6 +88,26 @@ def _measure(
         yield from zero_shot(model, embedded, classes, templates, batch_size=batch_size, resamples=resamples, seed=seed)
     if "retrieval" in config.tasks:
         yield from retrieval(model, embedded, batch_size=batch_size, resamples=resamples, seed=seed)
+
+
+def with_both_towers(models: Sequence[ModelUnderTest]) -> list[ModelUnderTest]:
+    """The models that these tasks can score; image encoders are left out, with a line that says so.
+
+    Raises:
+        EvaluateError: None is left.
+    """
+    found = []
+    for model in models:
+        if has_both_towers(model):
+            found.append(model)
+        else:
+            logger.warning("evaluate: %s has no text tower, so these tasks cannot score it; left out", model.name)
+    if not found:
+        raise EvaluateError(
+            f"Models {', '.join(model.name for model in models)} have no text tower, so nothing can be scored: "
+            "zero-shot classification and retrieval compare pictures with texts."
+        )
+    return found
 
 
 def _check_names(models: Sequence[ModelUnderTest]) -> None:

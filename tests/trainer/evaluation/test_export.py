@@ -112,7 +112,7 @@ def test_the_folder_holds_a_card_with_data_teachers_recipe_and_scores(checkpoint
     assert "# Tiny student" in card
     assert "72 image-caption pairs" in card
     assert "CC-BY 48, not stated 24" in card
-    assert "| alpha | MIT | no restrictions known | `abababababababab` |" in card
+    assert "| alpha | MIT | no restrictions known | not needed | `abababababababab` |" in card
     assert "| beta | MIT | not recorded: find out before you publish" in card
     assert "epochs: 3" in card
     assert "| distilled |" in card
@@ -169,7 +169,7 @@ def test_clear_errors(checkpoint, model_cfg, tmp_path):
     with pytest.raises(TrainError, match="no checkpoint at"):
         export_checkpoint(str(tmp_path / "nowhere"), str(tmp_path / "out"))
     model_cfg["vision_cfg"]["width"] = 48
-    with pytest.raises(ModelError, match="does not load"):
+    with pytest.raises(ModelError, match="does not fit its architecture"):
         export_checkpoint(str(checkpoint(tmp_path / "other", model_cfg=model_cfg)), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     folder = checkpoint(tmp_path / "run")

@@ -1,0 +1,51 @@
+"""Architectures as data: open_clip configurations of models open_clip does not know, and configurations of text towers.
+
+A text tower's configuration is public and tiny, but open_clip and transformers fetch it from the hub each time a model
+is built; with these copies nothing is fetched, and a wrong copy cannot pass the strict loading of the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from common.errors import ModelError
+
+FOLDER = Path(__file__).parent
+TEXT_TOWERS = {  # hub name of a BERT -> file in text/
+    "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract": "bert-base-30522.json",
+    "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext": "bert-base-30522.json",
+    "microsoft/BiomedNLP-BiomedBERT-large-uncased-abstract": "bert-large-30522.json",
+    "microsoft/BiomedNLP-PubMedBERT-base-uncased-abstract": "bert-base-30522.json",  # their names before 2023
+    "microsoft/BiomedNLP-PubMedBERT-base-uncased-abstract-fulltext": "bert-base-30522.json",
+    "microsoft/BiomedNLP-PubMedBERT-large-uncased-abstract": "bert-large-30522.json",
+    "emilyalsentzer/Bio_ClinicalBERT": "bert-base-28996.json",
+}
+
+
+def packaged() -> list[str]:
+    """Names of the architectures that come with this project."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def read_architecture(name: str, model: str) -> dict[str, Any] | None:
+    """A packaged architecture by name, or a JSON file of the user's; None if it is neither.
+
+    Raises:
+        ModelError: The file is missing or not JSON.
+    """
+    file = FOLDER / f"{name}.json"
+    if name.endswith(".json"):
+        file = Path(name)
+    elif not file.is_file():
+        return None
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Model {model!r}: the architecture file {file} cannot be read ({error}).") from error
+
+
+def text_tower(name: str) -> str:
+    """What transformers shall read a text tower's configuration from: a packaged file where there is one."""
+    return str(FOLDER / "text" / TEXT_TOWERS[name]) if name in TEXT_TOWERS else name

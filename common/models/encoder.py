@@ -1,0 +1,88 @@
+"""What the encoders of all families share: constants on the device, eval mode, the tokenizer, plain float32 out.
+
+B = batch, H x W = pixels, C = channels, L = context length, D = width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.errors import ModelError
+from common.models.dual_encoder import Tokenize
+from common.models.spec import ModelDescription
+
+
+class Encoder:
+    """A frozen module with the pictures' constants; a family says how its module is called.
+
+    Args:
+        model: The loaded module, on the CPU.
+        description: What its files say.
+        log_scale: The learned logarithm of the factor on cosines; None where there is no text tower.
+        tokenizer: Loads the tokenizer when it is first needed.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        description: ModelDescription,
+        log_scale: torch.Tensor | float | None,
+        tokenizer: Callable[[], Tokenize] | None,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.description = description
+        self.logit_scale = None if log_scale is None else float(torch.as_tensor(log_scale).detach().exp().mean())
+        self._load_tokenizer = tokenizer
+        channels = description.geometry.channels
+        self._mean = torch.tensor(description.mean[:channels]).view(1, channels, 1, 1) * 255
+        self._std = torch.tensor(description.std[:channels]).view(1, channels, 1, 1) * 255
+
+    def to(self, device: str) -> Encoder:
+        """Move the weights and the constants to a device and return self."""
+        self.model.to(device)
+        self._mean, self._std = self._mean.to(device), self._std.to(device)
+        return self
+
+    def tokenize(self, captions: list[str]) -> np.ndarray:
+        """Captions -> int32 token ids [B, L].
+
+        Raises:
+            ModelError: The model has no text tower, or its tokenizer cannot be found.
+        """
+        return self._tokenize(captions)
+
+    @cached_property
+    def _tokenize(self) -> Tokenize:
+        if self._load_tokenizer is None:
+            raise ModelError(f"Model {self.description.name!r} has no text tower, so it has no tokenizer.")
+        return self._load_tokenizer()
+
+    def encode_image(self, pixels_BHWC: torch.Tensor) -> torch.Tensor:
+        """Uint8 [B, H, W, C] of the model's geometry -> float32 [B, D], not normalised."""
+        pixels_BCHW = (pixels_BHWC.permute(0, 3, 1, 2).float() - self._mean) / self._std
+        if pixels_BCHW.shape[1] == 1:
+            pixels_BCHW = pixels_BCHW.expand(-1, 3, -1, -1)
+        return self.image_features(pixels_BCHW).float()
+
+    def encode_text(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """Int token ids [B, L] -> float32 [B, D], not normalised.
+
+        Raises:
+            ModelError: The model has no text tower.
+        """
+        if self.description.text_dim is None:
+            raise ModelError(f"Model {self.description.name!r} has no text tower.")
+        return self.text_features(tokens_BL.long()).float()
+
+    def image_features(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        """Standardised pixels, always three channels -> [B, D]."""
+        raise NotImplementedError
+
+    def text_features(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """Int64 token ids -> [B, D]."""
+        raise NotImplementedError
