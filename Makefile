@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LAKE ?= demo-lake
 
-.PHONY: help env demo test test-unit test-pipeline check format clean
+.PHONY: help env demo test test-unit test-pipeline check docs format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -41,6 +41,9 @@ check: $(READY)  ## format, lint, spelling, types, import layers
 	$(BIN)/codespell common extractor trainer cluster tests docs *.md
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(READY)  ## write docs/teachers.md from the catalog
+	$(BIN)/python -m common.models.document
 
 format: $(READY)  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .

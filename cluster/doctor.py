@@ -67,7 +67,16 @@ def check_shared_memory() -> Check:
 
 def check_environment() -> Check:
     """Which credentials and addresses the environment names; never their values."""
-    names = ("RAY_ADDRESS", "AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ENDPOINT_URL", "HF_TOKEN", "HF_HUB_OFFLINE")
+    names = (
+        "RAY_ADDRESS",
+        "AWS_ACCESS_KEY_ID",
+        "AWS_PROFILE",
+        "AWS_ENDPOINT_URL",
+        "HF_TOKEN",
+        "HF_HUB_OFFLINE",
+        "MMKD_STORE",
+        "MMKD_CACHE",
+    )
     present = [name for name in names if os.environ.get(name)]
     return True, f"set: {', '.join(present) or 'none'} (of {', '.join(names)})"
 

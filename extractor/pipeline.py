@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from common.errors import ClusterError, ConfigError, ModelError, TermsError
-from common.lake import Lake, check_partition, claim_partition, now, open_lake
+from common.errors import ClusterError, ConfigError, ModelError
+from common.lake import Lake, check_partition, claim_partition, open_lake
 from common.logs import Progress, duration, logger
 from common.models.load import describe_model, find_spec, read_catalog
 from common.models.spec import ModelSpec
@@ -21,6 +21,7 @@ from extractor.config import ExtractConfig
 from extractor.prepare import Prepare, TeacherInput
 from extractor.sink import check_no_orphans, pair_rows, valid_shards, write_features
 from extractor.teachers import STORED_PRECISION, Teacher
+from extractor.terms import check_terms
 
 Todo = dict[int, tuple[str, ...]]
 """Shard -> names of the teachers that still lack it."""
@@ -99,40 +100,6 @@ def find_teachers(config: ExtractConfig) -> list[ModelSpec]:
     if repeated:
         raise ConfigError(f"Teacher {repeated[0]!r} is named twice. Give each folder its own name: NAME=FOLDER.")
     return specs
-
-
-def check_terms(lake: Lake, specs: list[ModelSpec], accepted: tuple[str, ...]) -> dict[str, str]:
-    """Show the terms of every teacher, and insist on consent where they condition models trained on its outputs.
-
-    Returns:
-        Teacher -> when its terms were accepted, of those that need it; an acceptance in the lake still holds.
-
-    Raises:
-        TermsError: Consent is missing; names the teachers and their terms.
-    """
-    unknown = sorted(set(accepted) - {spec.name for spec in specs})
-    if unknown:
-        raise ConfigError(f"--accept-terms names {', '.join(unknown)}, which --teachers does not.")
-    found: dict[str, str] = {}
-    refused = []
-    for spec in specs:
-        terms = spec.derivative_terms or "nothing is recorded; find out before you publish a student"
-        logger.info("extract: terms of %s: %s; %s", spec.name, spec.license or "licence not known", terms)
-        if not spec.needs_consent:
-            continue
-        earlier = lake.read_teacher(spec.name).get("terms_accepted_at") if spec.name in lake.teachers() else None
-        if spec.name in accepted or earlier:
-            found[spec.name] = str(earlier or now())
-        else:
-            refused.append(f"{spec.name} ({spec.license or 'licence not known'}): {terms}")
-    if refused:
-        names = ",".join(item.split(" ", 1)[0] for item in refused)
-        raise TermsError(
-            f"The terms of these teachers condition models trained on their outputs. {' '.join(refused)} If you may "
-            f"use them, say so with --accept-terms {names}; it is recorded beside the embeddings and in the student's "
-            "card."
-        )
-    return found
 
 
 def identity_of(teacher: TeacherInput) -> dict[str, Any]:
@@ -237,7 +204,11 @@ def record_teachers(lake: Lake, inputs: dict[str, TeacherInput], pools: Pools, a
             "terms_accepted_at": accepted.get(name),
             "spec": spec.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
         }
-        claim_partition(lake.storage, manifest_of(lake, name), identity_of(inputs[name]), _remedy(name), facts)
+        manifest = manifest_of(lake, name)
+        claim_partition(lake.storage, manifest, identity_of(inputs[name]), _remedy(name), facts)
+        recorded = lake.read_teacher(name)
+        if name in accepted and not recorded.get("terms_accepted_at"):  # a partition from before the terms were known
+            lake.storage.write_json(manifest, {**recorded, **facts})
 
 
 def build_stream(

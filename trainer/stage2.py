@@ -46,8 +46,7 @@ def train_stage2(lake_uri: str, run: str, init: str | None, config: Stage2Config
     selection, teachers = choose_selection(lake, config)
     rows = find_rows(lake, teachers, selection, config.data.seed)
     order = build_order(rows, config.data, lake)
-    own = {name: float(lake.read_teacher(name)["logit_scale"] or IMAGE_ENCODER_SCALE) for name in teachers}
-    scales = {name: config.distill.teacher_scale or scale for name, scale in own.items()}
+    scales = teacher_scales(lake, teachers, config)
     start_scale = float(checkpoint.tensors(MODEL)["logit_scale"].exp())
     facts = {
         "init": checkpoint.manifest["files"][MODEL]["sha256"],
@@ -108,6 +107,12 @@ def choose_selection(lake: Lake, config: Stage2Config) -> tuple[str, tuple[str, 
         )
     logger.info("stage 2: selection %s with %s", chosen, manifests[chosen]["fingerprint"]["config"])
     return chosen, found
+
+
+def teacher_scales(lake: Lake, teachers: tuple[str, ...], config: Stage2Config) -> dict[str, float]:
+    """The factor on each teacher's cosines: the configured one for all, else the one it was trained with."""
+    own = {name: lake.read_teacher(name)["logit_scale"] or IMAGE_ENCODER_SCALE for name in teachers}
+    return {name: float(config.distill.teacher_scale or scale) for name, scale in own.items()}
 
 
 def _start(checkpoint_uri: str, student: Student) -> None:

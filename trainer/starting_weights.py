@@ -100,7 +100,7 @@ def load_text_tower(student: Student, weights: str) -> None:
     from common.models.files import find_weights
 
     tower = getattr(getattr(student.model, "text", None), "transformer", None)
-    if not hasattr(tower, "config"):
+    if tower is None or not hasattr(tower, "config"):
         raise TrainError(
             "model.text_weights fills a transformers text tower, and this student's text tower is open_clip's own. Use "
             "model.weights, or an architecture with a BERT such as mmkd-b16."

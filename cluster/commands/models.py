@@ -29,7 +29,7 @@ def list_teachers(catalog: Catalog = None, store: Store = None) -> None:
     from common.models.store import stored_folder
 
     head = ("name", "dim", "pixels", "text tower", "licence", "derivatives", "in store", "from")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for name, spec in read_catalog(catalog).items():
         stored = "-" if store is None else ("yes" if stored_folder(store, name) else "no")
         cells = [name, *_sizes(spec), spec.license or "not known", spec.derivatives, stored, _place(spec)]
@@ -41,9 +41,11 @@ def list_teachers(catalog: Catalog = None, store: Store = None) -> None:
 
 def _sizes(spec: ModelSpec) -> tuple[str, str, str]:
     """Width, pixels and text tower as the entry states them; ? where only the model's files say."""
-    expect, geometry = spec.expect, spec.recipe.geometry
-    pixels = geometry.size if geometry is not None else expect.image_size
-    text = "none" if spec.family == "timm_image" else f"{expect.context_length or '?'} tokens"
+    expect, recipe = spec.expect, spec.recipe
+    pixels = recipe.geometry.size if recipe.geometry is not None else expect.image_size
+    tokens = recipe.context_length or expect.context_length
+    tower = recipe.tokenizer.rsplit("/", 1)[-1].split("-base")[0] if recipe.tokenizer else ""
+    text = "none" if spec.family == "timm_image" else f"{tokens or '?'} tokens {tower}".rstrip()
     return str(expect.dim or "?"), str(pixels or "?"), text
 
 

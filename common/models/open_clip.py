@@ -235,11 +235,12 @@ def _tokenizer(spec: ModelSpec, found: OpenClipFiles) -> Any:
     return SimpleTokenizer(context_length=found.context_length)
 
 
-def build(model_cfg: dict[str, Any]) -> Any:
+def build(model_cfg: dict[str, Any], folder: Path | None = None) -> Any:
     """An open_clip model with random weights, as ``open_clip.create_model`` would make it, but without the hub.
 
     Args:
         model_cfg: open_clip's own configuration; a text tower's comes from this package where it has one.
+        folder: The model's folder, which may hold its text tower's configuration.
     """
     import open_clip
 
@@ -249,7 +250,7 @@ def build(model_cfg: dict[str, Any]) -> Any:
         config["vision_cfg"]["timm_model_pretrained"] = False
     if "hf_model_name" in config["text_cfg"]:
         custom = True
-        config["text_cfg"]["hf_model_name"] = text_tower(config["text_cfg"]["hf_model_name"])
+        config["text_cfg"]["hf_model_name"] = text_tower(config["text_cfg"]["hf_model_name"], folder)
         config["text_cfg"]["hf_model_pretrained"] = False
     if "multimodal_cfg" in config:
         return open_clip.CoCa(**config)
@@ -270,7 +271,7 @@ def load_found(spec: ModelSpec, found: OpenClipFiles, tensors: Tensors) -> OpenC
     """Build a model and fill it with tensors by open_clip's names, or by those of an older open_clip."""
     weights = found.weights(spec.name)
     try:
-        model = build(found.model_cfg)
+        model = build(found.model_cfg, found.files.folder if found.files else None)
     except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError) as error:
         raise ModelError(
             f"Model {spec.name!r}: open_clip cannot build the architecture of {weights}: {type(error).__name__}: "

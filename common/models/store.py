@@ -17,6 +17,7 @@ from common.config import fingerprint, parse_config
 from common.errors import ModelError
 from common.lake import now
 from common.logs import Progress, logger
+from common.models.architectures import TEXT_CONFIG, text_tower
 from common.models.spec import ModelSpec
 from common.storage import Storage, absolute_address
 from common.version import VERSION
@@ -240,6 +241,9 @@ def _clean_files(plan: FetchPlan, place: Path) -> dict[str, tuple[Path, dict[str
     found = {name: _facts(folder / name) for name in kept}
     found.update({name: _facts(file) for name, file in _tokenizer_files(plan, folder, TOKENIZER_FILES).items()})
     weights = [place] if single else _weights(spec, folder, CHECKPOINT_SUFFIXES)
+    text_config = _text_config(spec, folder) if "open_clip_config.json" in found else None
+    if text_config is not None:
+        found[TEXT_CONFIG] = _facts(text_config)
     for file in weights:
         _check_pinned(spec, file)
         name = f"{file.stem}.safetensors"
@@ -249,6 +253,23 @@ def _clean_files(plan: FetchPlan, place: Path) -> dict[str, tuple[Path, dict[str
         clean, facts = _facts(_as_safetensors(plan, file))
         found[name] = clean, {**facts, "from": {"name": file.name, "sha256": _facts(file)[1]["sha256"]}}
     return found
+
+
+def _text_config(spec: ModelSpec, folder: Path) -> Path | None:
+    """The configuration of a text tower that is not packaged, as a file; None where nothing is needed.
+
+    Raises:
+        ModelError: It is not beside the weights and the hub does not give it.
+    """
+    from common.models.files import hub_snapshot, read_model_json
+
+    if (folder / TEXT_CONFIG).is_file():
+        return folder / TEXT_CONFIG
+    config = read_model_json(folder, "open_clip_config.json", spec.name)
+    named = config.get("model_cfg", config).get("text_cfg", {}).get("hf_model_name")
+    if named is None or Path(text_tower(named)).is_file():
+        return None
+    return hub_snapshot(named, ["config.json"]) / "config.json"
 
 
 def _facts(file: Path) -> tuple[Path, dict[str, Any]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-KINDS = {"skip", "local", "python", "s3", "cluster"}
+KINDS = {"skip", "local", "python", "s3", "cluster", "teachers", "student"}
 
 
 def test_every_command_block_says_how_it_is_tested():
@@ -28,3 +28,14 @@ def test_every_source_path_named_in_the_docs_exists():
             r"`((?:common|extractor|trainer|cluster)/[\w/]+\.py)`", file.read_text(encoding="utf-8")
         ):
             assert (ROOT / path).exists(), f"{file.name} names {path}"
+
+
+def test_the_yaml_of_a_new_teacher_is_five_lines_and_valid(tmp_path):
+    from common.models.load import read_catalog
+
+    (block,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert len(block.strip().splitlines()) == 5
+    file = tmp_path / "mine.yaml"
+    file.write_text(block, encoding="utf-8")
+    spec = read_catalog(str(file))["my-clip"]
+    assert (spec.family, spec.hub_id, spec.needs_consent) == ("hf_clip", "org/my-clip", False)

@@ -94,6 +94,42 @@ def test_local_commands_then_the_python_blocks(home, environment):
         run([sys.executable, "-c", code], home, outside)
 
 
+def test_the_teachers_section(home, environment):
+    (block,) = blocks_of("teachers")
+    alone = "mmkd extract lake --teachers chest --catalog demo-lake/teachers.yaml"
+    run(f"test -e lake || (mmkd ingest demo-lake/source/pairs.jsonl lake && {alone})", home, environment)
+    said = run(block, home, environment)
+    assert "All checks that could be made have passed" in said
+    assert "nothing to do" in said  # the same weights from the store: the same embeddings
+    assert (home / "models" / "chest" / "teacher.json").is_file()
+
+
+def test_the_published_student_names_the_nine_pictures(tmp_path, environment, shared_data):
+    """On random weights in the published layout and at full size, so the answers mean nothing."""
+    import torch
+    from upstream import write_bert_vocabulary
+
+    from common.models.architectures import read_architecture
+    from common.models.open_clip import build
+
+    torch.manual_seed(0)
+    state = build(read_architecture("mmkd-b16", "student")["model_cfg"]).half().state_dict()
+    fork = {
+        name.replace("text.", "text_encoder.", 1) if name.startswith("text.") else name: value
+        for name, value in state.items()
+    }
+    torch.save(
+        {"epoch": 20, "state_dict": {f"module.{name}": value for name, value in fork.items()}},
+        tmp_path / "MMKD_B16.pth",
+    )
+    del state, fork
+    write_bert_vocabulary(tmp_path)
+    (tmp_path / "imgs").symlink_to(shared_data / "mmkd-demo" / "imgs")
+    (block,) = blocks_of("student")
+    said = run([sys.executable, "-c", block], tmp_path, environment)
+    assert {line.split()[0] for line in said.splitlines() if line} >= {"ct.jpg", "oct.jpg", "xray.png", "fundus.jpeg"}
+
+
 def test_readers_stay_under_ten_lines():
     readers = [block for block in blocks_of("python") if "features/teacher=" in block]
     assert len(readers) == 4

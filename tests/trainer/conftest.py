@@ -166,3 +166,39 @@ def student_folder(tmp_path) -> Path:
 @pytest.fixture
 def tiny_lake(tmp_path) -> str:
     return write_lake(str(tmp_path / "lake"))
+
+
+def write_image_encoder(uri: str, dim: int = 10, name: str = "pixels") -> str:
+    """Add a teacher without a text tower to a lake of :func:`write_lake`; it has no vector for every eleventh row."""
+    from common.lake import open_lake
+
+    lake = open_lake(uri)
+    for shard in lake.shards():
+        rows = []
+        for sample_id, modality in zip(
+            *(lake.read_pairs(shard)[column].to_pylist() for column in ("sample_id", "modality")), strict=True
+        ):
+            vector = unit(rng(name, modality).normal(size=dim) + 0.3 * rng(name, sample_id).normal(size=dim))
+            known = int(sample_id, 16) % 11 != 0
+            rows.append(
+                {
+                    "sample_id": sample_id,
+                    "image_embedding": vector if known else None,
+                    "image_norm": 1.0 if known else None,
+                    "text_embedding": None,
+                    "text_norm": None,
+                    "extra_text_embeddings": None,
+                }
+            )
+        table = pa.Table.from_pylist(rows, schema=features_schema(dim, None))
+        lake.storage.write_table(f"{lake.features_folder(name)}/{shard_name(shard)}", table)
+    manifest = {"fingerprint": {"name": name, "text_dim": None}, "logit_scale": None}
+    lake.storage.write_json(f"{lake.features_folder(name)}/teacher.json", manifest)
+    return name
+
+
+@pytest.fixture
+def lake_with_image_encoder(tiny_lake) -> str:
+    """The small lake with a third teacher, ``pixels``, that has no text tower."""
+    write_image_encoder(tiny_lake)
+    return tiny_lake

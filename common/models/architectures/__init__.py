@@ -13,6 +13,7 @@ from typing import Any
 from common.errors import ModelError
 
 FOLDER = Path(__file__).parent
+TEXT_CONFIG = "text_config.json"
 TEXT_TOWERS = {  # hub name of a BERT -> file in text/
     "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract": "bert-base-30522.json",
     "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext": "bert-base-30522.json",
@@ -46,6 +47,16 @@ def read_architecture(name: str, model: str) -> dict[str, Any] | None:
         raise ModelError(f"Model {model!r}: the architecture file {file} cannot be read ({error}).") from error
 
 
-def text_tower(name: str) -> str:
-    """What transformers shall read a text tower's configuration from: a packaged file where there is one."""
+def text_tower(name: str, folder: Path | None = None) -> str:
+    """What transformers shall read a text tower's configuration from.
+
+    Args:
+        name: The hub repository that an open_clip configuration names.
+        folder: The model's own folder; a store keeps ``text_config.json`` there for towers that are not packaged.
+
+    Returns:
+        A file where there is one, else the name itself.
+    """
+    if folder is not None and (folder / TEXT_CONFIG).is_file():
+        return str(folder / TEXT_CONFIG)
     return str(FOLDER / "text" / TEXT_TOWERS[name]) if name in TEXT_TOWERS else name

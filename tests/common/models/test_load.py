@@ -122,7 +122,10 @@ def test_other_weights_are_another_identity(make_clip_folder):
 def test_a_checkpoint_of_another_shape_is_refused(make_clip_folder):
     folder, other = make_clip_folder("a", dim=16), make_clip_folder("b", dim=24)
     (folder / "open_clip_model.safetensors").write_bytes((other / "open_clip_model.safetensors").read_bytes())
-    with pytest.raises(ModelError, match=r"does not fit its architecture .*of another shape: text_projection is \[32, 24\], not \[32, 16\]"):
+    with pytest.raises(
+        ModelError,
+        match=r"does not fit its architecture .*of another shape: text_projection is \[32, 24\], not \[32, 16\]",
+    ):
         load_model(find_spec(str(folder), {}))
 
 
