@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -26,6 +27,12 @@ from fsspec.implementations.local import LocalFileSystem
 from common.errors import StorageError
 
 ROW_GROUP_ROWS = 20_000
+
+
+def without_secrets(text: str) -> str:
+    """A text in which every address has lost its user, password and query, as it may be shown and written down."""
+    text = re.sub(r"(\w://)[^/@\s]*@", r"\1", text)
+    return re.sub(r"(\w://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text)
 
 
 def absolute_address(uri: str) -> str:
@@ -150,7 +157,8 @@ class Storage:
         """What the storage says of a file's present content (ETag, time of change); empty where it says nothing."""
         with _explained(f"look at {self.path(relative)}"):
             facts = self.fs.info(self.path(relative))
-        return str([facts.get(name) for name in ("ETag", "etag", "mtime", "LastModified", "last_modified")])
+        marks = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "Content-MD5", "Digest")
+        return str([facts.get(name) for name in marks])
 
     def pieces(self, relative: str, start: int, size: int | None, chunk: int) -> Iterator[bytes]:
         """The bytes of a file from ``start`` on, in pieces; in one piece where the server does not say its size."""
@@ -272,7 +280,7 @@ class _explained:  # noqa: N801 - reads as a phrase at the call: with _explained
     """Turn the storage libraries' many exceptions into a StorageError that says what was being done."""
 
     def __init__(self, doing: str) -> None:
-        self.doing = doing
+        self.doing = without_secrets(doing)
 
     def __enter__(self) -> None:
         return None
@@ -289,11 +297,18 @@ class _explained:  # noqa: N801 - reads as a phrase at the call: with _explained
         name = type(error).__name__
         if isinstance(error, OSError | pa.ArrowInvalid) or name in _REMOTE_ERRORS:
             hint = " For S3, check the credentials and AWS_ENDPOINT_URL." if name in _REMOTE_ERRORS else ""
-            raise StorageError(f"Could not {self.doing}: {name}: {error}.{hint}") from error
+            # The libraries' own messages quote whole addresses; so does the chained traceback, which is cut here.
+            raise StorageError(f"Could not {self.doing}: {name}: {without_secrets(str(error))}.{hint}") from None
 
 
 # Named, not imported: botocore is s3fs's affair and slow to import.
 _REMOTE_ERRORS = {
+    "ClientResponseError",
+    "ClientPayloadError",
+    "ClientConnectorError",
+    "ClientConnectionError",
+    "ServerDisconnectedError",
+    "FSTimeoutError",
     "NoCredentialsError",
     "PartialCredentialsError",
     "ClientError",

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import LakeError, ModelError
+from common.images import UndecodableImageError
 from common.lake import open_lake
 from common.models.dual_encoder import DualEncoder
 from common.models.embed import embed_images, embed_texts
@@ -23,10 +24,12 @@ from common.seeding import rng
 GOLDEN_COSINE = 0.999
 """Below this, the recipe is another one; mixed precision and resize backends stay well above."""
 ALONE_TOLERANCE = 1e-6
+SAME = 1e-5
+"""Vectors that differ by less from their mean are one vector and rounding."""
 PERMUTATIONS = 2000
 MAX_CHANCE = 0.01
-MIN_PAIRS = 5
-"""With fewer pairs there are too few ways to shuffle them for any result to be unlikely."""
+MIN_PAIRS = 6
+"""Five pairs can be shuffled in 120 ways, of which the right one is too large a share to be unlikely."""
 LAKE_PAIRS = 64
 GOLDEN_FILE = "clips_output.pt"
 
@@ -122,7 +125,13 @@ def check_teacher(spec: ModelSpec, pairs: Pairs | None, golden: Pairs | None) ->
     widths = f"image {description.image_dim}, text {description.text_dim or 'none'}"
     found = [finding("load", "pass", f"strict; {widths}; {description.geometry.key}; {_recipe_of(spec)}")]
     sample = pairs or golden or _drawn_pairs()
-    found += [finding(*row) for row in check_embeddings(model, sample)]
+    try:
+        found += [finding(*row) for row in check_embeddings(model, sample)]
+    except UndecodableImageError as error:
+        raise ModelError(
+            f"A picture of the sample cannot be decoded ({error}). Mend or leave out that picture; nothing is wrong "
+            "with the teachers."
+        ) from error
     if description.text_dim is None:
         return [*found, finding("agreement", "skip", "image encoder without a text tower")]
     if pairs is None and golden is None:
@@ -172,7 +181,7 @@ def check_embeddings(model: DualEncoder, sample: Pairs) -> list[Row]:
         problems = [
             *([] if finite else ["not finite"]),
             *([] if unit else ["not of unit length"]),
-            *([] if spread > 0 else ["the same for every sample"]),
+            *([] if spread > SAME else ["the same for every sample"]),
             *([] if apart <= ALONE_TOLERANCE else [f"changed by its neighbours by {apart:.1e}"]),
         ]
         detail = "; ".join(problems) or f"{len(all_ND)} unit vectors; alone and in a batch equal within {apart:.0e}"
@@ -185,6 +194,8 @@ def check_agreement(model: DualEncoder, sample: Pairs) -> Row:
     if len(sample.images) < MIN_PAIRS:
         return "agreement", "skip", f"{len(sample.images)} pairs are too few to tell (at least {MIN_PAIRS})"
     cosine_NN = embed_images(model, sample.images) @ embed_texts(model, sample.captions).T
+    if not np.isfinite(cosine_NN).all():
+        return "agreement", "FAIL", "the vectors are not finite"
     matched = float(np.diag(cosine_NN).mean())
     others = float(cosine_NN[~np.eye(len(cosine_NN), dtype=bool)].mean())
     draw, rows = rng("agreement"), np.arange(len(cosine_NN))

@@ -14,6 +14,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,7 +75,7 @@ def convert_trusted(source: Path, target: Path) -> dict[str, Any]:
             raise ModelError(f"{source} was not converted within {MAX_SECONDS} s; the child was stopped.") from error
         if done.returncode or not partial.is_file():
             last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            raise ModelError(f"{source} could not be converted: {last}")
+            raise ModelError(f"{source} could not be converted: {last.removeprefix('common.errors.ModelError: ')}.")
         facts = json.loads(done.stdout.strip().splitlines()[-1])
         os.replace(partial, target)
     record = {
@@ -152,8 +153,15 @@ class PlainUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module in ("torch", "torch.serialization") and name.islower() and "." not in name and _is_dtype(name):
             return super().find_class("torch", name)
+        if (module, name) == ("_codecs", "encode"):  # how older pickles write bytes
+            return _latin_bytes
         self.met[f"{module}.{name}"] += 1
         return type(name.rsplit(".", 1)[-1], (Inert,), {})
+
+
+def _latin_bytes(text: str, encoding: str = "latin1") -> bytes:
+    """Bytes from the text that stands for them; no other codec is looked up."""
+    return text.encode("latin1")
 
 
 def _is_dtype(name: str) -> bool:
@@ -166,7 +174,16 @@ def _convert(source: str, target: str) -> None:
     """The child's whole work; prints its facts as one line of JSON."""
     import torch
 
-    plain = SimpleNamespace(Unpickler=PlainUnpickler, load=lambda stream, **_: PlainUnpickler(stream).load())
+    # torch asks the module it unpickles with for its name too.
+    plain = SimpleNamespace(
+        Unpickler=PlainUnpickler, load=lambda stream, **_: PlainUnpickler(stream).load(), __name__="plain"
+    )
+    # torch.load would hand a TorchScript archive to the interpreter of its own programs.
+    if zipfile.is_zipfile(source) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(source).namelist()):
+        raise ModelError(
+            "it is a TorchScript program, whose tensors cannot be had without running it. Where you trust it, load it "
+            "with torch.jit.load, save its state_dict() with torch.save, and use that file"
+        )
     stream = io.BytesIO(Path(source).read_bytes())
     content = torch.load(stream, map_location="cpu", pickle_module=plain, weights_only=False)
     tensors = named_tensors(content, source)

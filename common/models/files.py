@@ -262,6 +262,24 @@ def file_sha256(path: Path) -> str:
     return _hash_file(str(path), stat.st_size, stat.st_mtime_ns)
 
 
+def weights_sha256(file: Path) -> str:
+    """Sha256 of a checkpoint as its authors published it, also where it lies here as safetensors made from that.
+
+    A store's manifest and the converter's record say what a file was made from, so that the same weights have the same
+    identity from the authors' file, from a conversion and from a store.
+    """
+    manifest, record = file.parent / STORE_MANIFEST, file.with_name(f"{file.name}.json")
+    if manifest.is_file():
+        facts = read_model_json(file.parent, STORE_MANIFEST, file.parent.name)["files"].get(file.name, {})
+        if "from" in facts and facts["sha256"] == file_sha256(file):
+            return str(facts["from"]["sha256"])
+    elif record.is_file():
+        facts = read_model_json(file.parent, record.name, file.parent.name)
+        if facts.get("sha256") == file_sha256(file):
+            return str(facts["source_sha256"])
+    return file_sha256(file)
+
+
 @functools.lru_cache(maxsize=256)
 def _hash_file(path: str, size: int, modified: int) -> str:
     with open(path, "rb") as stream:

@@ -15,11 +15,11 @@ from common.models.encoder import Encoder
 from common.models.expect import activation_of, check_expectation
 from common.models.files import (
     ModelFiles,
-    file_sha256,
     locate,
     read_model_json,
     tokenizer_folder,
     tokenizer_sha256,
+    weights_sha256,
 )
 from common.models.spec import Geometry, ModelDescription, ModelSpec
 
@@ -44,7 +44,7 @@ def describe(spec: ModelSpec) -> ModelDescription:
     return ModelDescription(
         name=spec.name,
         family="hf_clip",
-        weights_sha256=file_sha256(files.weights(PREFERRED, spec.name)),
+        weights_sha256=weights_sha256(files.weights(PREFERRED, spec.name)),
         architecture=f"{config.get('model_type')}:{fingerprint(config)}",
         geometry=recipe.geometry or _geometry(processor, spec.name),
         mean=tuple(mean),

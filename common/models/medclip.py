@@ -21,7 +21,7 @@ from common.models.bert_tokens import PAD, load_bert_tokenizer
 from common.models.dual_encoder import Tokenize
 from common.models.encoder import Encoder
 from common.models.expect import activation_of, check_expectation
-from common.models.files import file_sha256, locate, tokenizer_folder, tokenizer_sha256
+from common.models.files import locate, tokenizer_folder, tokenizer_sha256, weights_sha256
 from common.models.spec import Geometry, ModelDescription, ModelSpec
 from common.models.tensors import Tensors, load_strictly, read_tensors, without
 
@@ -83,7 +83,7 @@ def describe(spec: ModelSpec) -> ModelDescription:
     return ModelDescription(
         name=spec.name,
         family="medclip",
-        weights_sha256=file_sha256(files.weights(PREFERRED, spec.name)),
+        weights_sha256=weights_sha256(files.weights(PREFERRED, spec.name)),
         architecture=f"medclip:{fingerprint(architecture)}",
         settings={"layers": "1,2,last", "pads": spec.recipe.pads or "dropped"},
         geometry=spec.recipe.geometry or Geometry(size=size, resize="pad-square", colour="gray"),

@@ -17,7 +17,7 @@ from common.models.bert_tokens import loadable_folder
 from common.models.dual_encoder import Tokenize
 from common.models.encoder import Encoder
 from common.models.expect import activation_of, check_expectation
-from common.models.files import ModelFiles, file_sha256, locate, read_model_json, tokenizer_folder, tokenizer_sha256
+from common.models.files import ModelFiles, locate, read_model_json, tokenizer_folder, tokenizer_sha256, weights_sha256
 from common.models.spec import Geometry, ModelDescription, ModelSpec
 from common.models.tensors import Tensors, load_strictly, read_tensors
 
@@ -183,7 +183,7 @@ def describe_files(spec: ModelSpec, found: OpenClipFiles) -> ModelDescription:
     return ModelDescription(
         name=spec.name,
         family=spec.family,
-        weights_sha256=file_sha256(found.weights(spec.name)),
+        weights_sha256=weights_sha256(found.weights(spec.name)),
         architecture=f"open_clip:{fingerprint(found.model_cfg)}",
         geometry=geometry,
         mean=recipe.mean or tuple(preprocess.get("mean") or OPENAI_DATASET_MEAN),

@@ -22,7 +22,14 @@ from common.models.bert_tokens import load_bert_tokenizer
 from common.models.dual_encoder import Tokenize
 from common.models.encoder import Encoder
 from common.models.expect import check_expectation
-from common.models.files import CHECKPOINT_SUFFIXES, ModelFiles, file_sha256, locate, tokenizer_folder, tokenizer_sha256
+from common.models.files import (
+    CHECKPOINT_SUFFIXES,
+    ModelFiles,
+    locate,
+    tokenizer_folder,
+    tokenizer_sha256,
+    weights_sha256,
+)
 from common.models.spec import Geometry, ModelDescription, ModelSpec
 from common.models.tensors import Tensors, load_strictly, read_checkpoint, read_tensors, renamed, unwrap, without
 
@@ -107,8 +114,8 @@ def _stored_as(folder: Path, stem: str) -> Path | None:
 def _weights_sha256(files: ModelFiles, model: str) -> str:
     split = _split_files(files)
     if split is None:
-        return file_sha256(files.weights(PREFERRED, model))
-    return hashlib.sha256("".join(file_sha256(file) for file in split).encode()).hexdigest()
+        return weights_sha256(files.weights(PREFERRED, model))
+    return hashlib.sha256("".join(weights_sha256(file) for file in split).encode()).hexdigest()
 
 
 def load_tokenizer(spec: ModelSpec) -> Tokenize:

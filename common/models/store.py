@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import shutil
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from common.config import fingerprint, parse_config
 from common.errors import ModelError
@@ -19,7 +20,7 @@ from common.lake import now
 from common.logs import Progress, logger
 from common.models.architectures import TEXT_CONFIG, text_tower
 from common.models.spec import ModelSpec
-from common.storage import Storage, absolute_address
+from common.storage import Storage, absolute_address, without_secrets
 from common.version import VERSION
 
 CHUNK_BYTES = 8 << 20
@@ -53,15 +54,6 @@ def stored_spec(folder: str) -> ModelSpec:
 
     manifest = Storage(folder).read_json(STORE_MANIFEST)
     return parse_config(ModelSpec, {**manifest["spec"], "path": folder}, f"model {manifest['name']} in {folder}")
-
-
-def without_secrets(address: str) -> str:
-    """An address without user, password and query, as it may be written down."""
-    parts = urlsplit(address)
-    if not parts.scheme:
-        return address
-    host = parts.netloc.rsplit("@", 1)[-1]
-    return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
 def fetch(plan: FetchPlan, store: str) -> str:
@@ -110,13 +102,22 @@ def fetch(plan: FetchPlan, store: str) -> str:
         "gated": spec.gated,
         "derivatives": spec.derivatives,
         "derivative_terms": spec.derivative_terms,
-        "spec": spec.model_dump(mode="json", exclude_none=True, exclude={"path"}, exclude_defaults=True),
+        "spec": _plain(spec.model_dump(mode="json", exclude_none=True, exclude={"path"}, exclude_defaults=True)),
         "created_by": f"mmkd {VERSION}",
         "created_at": now(),
     }
     target.write_json(STORE_MANIFEST, manifest)
     logger.info("fetch: %s is in the store (%d files, %s)", spec.name, len(described), target.uri)
     return target.uri
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value whose strings have lost the secrets of the addresses in them."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def _came_from(plan: FetchPlan) -> dict[str, Any]:
@@ -185,8 +186,9 @@ def download(storage: Storage, relative: str, target: Path) -> None:
     path = storage.path(relative)
     size = storage.size(relative)
     # The mark keeps pieces of a file that has changed at its source apart from those of the new one.
-    partial = target.with_name(f"{target.name}.{fingerprint([storage.version(relative), size])}.part")
-    if target.is_file() and (size is None or target.stat().st_size == size):
+    version = fingerprint([storage.version(relative), size])
+    partial, done = target.with_name(f"{target.name}.{version}.part"), target.with_name(f"{target.name}.version")
+    if target.is_file() and done.is_file() and done.read_text(encoding="utf-8") == version:
         return
     for stale in target.parent.glob(f"{target.name}.*.part"):
         if stale != partial:
@@ -204,6 +206,7 @@ def download(storage: Storage, relative: str, target: Path) -> None:
     if size is not None and found != size:
         raise ModelError(f"{without_secrets(path)} ended after {found} of {size} bytes; run the same command again.")
     partial.replace(target)
+    done.write_text(version, encoding="utf-8")
 
 
 def _unzipped(spec: ModelSpec, archive: Path) -> Path:
@@ -222,7 +225,7 @@ def _unzipped(spec: ModelSpec, archive: Path) -> Path:
             for member in members:
                 with opened.open(member) as stream, open(folder / Path(member.filename).name, "wb") as out:
                     shutil.copyfileobj(stream, out, CHUNK_BYTES)
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ModelError(f"Model {spec.name!r}: {archive} is not a whole zip archive ({error}).") from error
     return folder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -37,15 +38,21 @@ def read_checkpoint(path: Path, model: str) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except (
         *(SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError),
-        *(ValueError, KeyError, TypeError, AttributeError, IndexError),
+        *(ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error, AssertionError),
     ) as error:
         raise _explained(path, model, error) from error
 
 
 def _explained(path: Path, model: str, error: Exception) -> ModelError:
     foreign = re.search(r"(?:Unsupported global: GLOBAL|unsupported GLOBAL) (\S+)", str(error))
-    if foreign or "TorchScript" in str(error):
-        what = foreign.group(1) if foreign else "a TorchScript program"
+    if "TorchScript" in str(error):
+        return ModelError(
+            f"Model {model!r}: {path} holds more than tensors (a TorchScript program), and reading that would run it. "
+            "If you trust whoever made it, load it with torch.jit.load, save its state_dict() with torch.save, and use "
+            "that file."
+        )
+    if foreign:
+        what = foreign.group(1)
         return ModelError(
             f"Model {model!r}: {path} holds more than tensors ({what}), and reading that would run code from the file. "
             f"If you trust whoever made it, convert it once with `mmkd teachers convert --trust {path}` and use the "

@@ -11,7 +11,7 @@ from common.errors import ModelError
 from common.models.dual_encoder import Tokenize
 from common.models.encoder import Encoder
 from common.models.expect import check_expectation
-from common.models.files import file_sha256, locate
+from common.models.files import locate, weights_sha256
 from common.models.spec import Geometry, ModelDescription, ModelSpec
 from common.models.tensors import Tensors, load_strictly, read_tensors, renamed
 
@@ -28,7 +28,7 @@ def describe(spec: ModelSpec) -> ModelDescription:
     return ModelDescription(
         name=spec.name,
         family="timm_image",
-        weights_sha256=file_sha256(weights),
+        weights_sha256=weights_sha256(weights),
         architecture=f"timm:{spec.architecture}:{fingerprint(shapes)}",
         geometry=geometry,
         mean=spec.recipe.mean or tuple(model.pretrained_cfg["mean"]),

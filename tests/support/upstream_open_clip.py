@@ -193,7 +193,7 @@ def bert_text(
 
 
 class Draw:
-    """Random tensors that depend on a model's name and a seed alone, large enough that every detail of a recipe shows in the result."""
+    """Random tensors that depend on a name and a seed alone, large enough that each detail of a recipe shows."""
 
     def __init__(self, name: str, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {seed}".encode()))
@@ -357,7 +357,7 @@ def stock_clip(model_cfg: dict, file: Path) -> torch.nn.Module:
     """Stock open_clip's model, filled by stock open_clip's loader."""
     import open_clip
 
-    model = open_clip.CLIP(**{key: value for key, value in model_cfg.items() if key != "custom_text"})
+    model = open_clip.CLIP(**model_cfg)
     open_clip.load_checkpoint(model, str(file))
     return model.eval()
 
