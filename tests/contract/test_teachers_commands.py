@@ -148,8 +148,8 @@ def test_show_lists_the_known_names_to_one_who_mistypes():
 
 
 def test_show_names_the_recipes_to_one_who_mistypes():
-    said = mistake("show", "pmc-clip@notebok")
-    assert "'pmc-clip' has no recipe 'notebok'" in said
+    said = mistake("show", "pmc-clip@notebuch")
+    assert "'pmc-clip' has no recipe 'notebuch'" in said
     assert "pmc-clip@notebook" in said
 
 
