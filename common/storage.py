@@ -297,8 +297,8 @@ class _explained:  # noqa: N801 - reads as a phrase at the call: with _explained
         name = type(error).__name__
         if isinstance(error, OSError | pa.ArrowInvalid) or name in _REMOTE_ERRORS:
             hint = " For S3, check the credentials and AWS_ENDPOINT_URL." if name in _REMOTE_ERRORS else ""
-            # The libraries' own messages quote whole addresses; so does the chained traceback, which is cut here.
-            raise StorageError(f"Could not {self.doing}: {name}: {without_secrets(str(error))}.{hint}") from None
+            # The libraries' own messages quote whole addresses.
+            raise StorageError(f"Could not {self.doing}: {name}: {without_secrets(str(error))}.{hint}") from error
 
 
 # Named, not imported: botocore is s3fs's affair and slow to import.

@@ -134,6 +134,9 @@ def fetch_teachers(
     known = read_catalog(catalog)
     places, folders = _named_values(sources, names, "--from"), _named_values(tokenizers, names, "--tokenizer")
     trusted = split_names(trust) or ()
+    strangers = sorted(set(trusted) - set(names))
+    if strangers:
+        raise ConfigError(f"--trust names {', '.join(strangers)}, which are not to be fetched.")
     for name in names:
         spec = find_spec(name, known)
         fetch(FetchPlan(spec, places.get(name), folders.get(name), spec.name in trusted), store)

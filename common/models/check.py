@@ -209,7 +209,8 @@ def check_agreement(model: DualEncoder, sample: Pairs) -> Row:
 def check_golden(spec: ModelSpec, golden: Pairs) -> list[Row]:
     """Compare every rival recipe with the authors' vectors; the entry's own must be the one that fits."""
     name = spec.golden
-    rows = [i for i, vectors in enumerate(golden.golden) if name is not None and f"{name}_img" in vectors]
+    wanted = {f"{name}_img", f"{name}_txt"}
+    rows = [i for i, vectors in enumerate(golden.golden) if name is not None and wanted <= set(vectors)]
     if not rows:
         known = sorted({key.rsplit("_", 1)[0] for vectors in golden.golden for key in vectors})
         return [("golden", "skip", f"no published vectors under {name or 'its name'} (there are: {', '.join(known)})")]
