@@ -184,7 +184,7 @@ def describe_files(spec: ModelSpec, found: OpenClipFiles) -> ModelDescription:
         name=spec.name,
         family=spec.family,
         weights_sha256=weights_sha256(found.weights(spec.name)),
-        architecture=f"open_clip:{fingerprint(found.model_cfg)}",
+        architecture=f"open_clip:{fingerprint(_whole_architecture(found))}",
         geometry=geometry,
         mean=recipe.mean or tuple(preprocess.get("mean") or OPENAI_DATASET_MEAN),
         std=recipe.std or tuple(preprocess.get("std") or OPENAI_DATASET_STD),
@@ -194,6 +194,16 @@ def describe_files(spec: ModelSpec, found: OpenClipFiles) -> ModelDescription:
         text_dim=int(found.model_cfg["embed_dim"]),
         dtype=recipe.dtype,
     )
+
+
+def _whole_architecture(found: OpenClipFiles) -> dict[str, Any]:
+    """The configuration with the content of its text tower's in place of a name: heads, say, stand only there."""
+    config, text = copy.deepcopy(found.model_cfg), found.text_cfg
+    if "hf_model_name" in text:
+        tower = Path(text_tower(text["hf_model_name"], found.files.folder if found.files else None))
+        if tower.is_file():
+            config["text_cfg"]["hf_model_name"] = read_model_json(tower.parent, tower.name, "text tower")
+    return config
 
 
 def _tokenizer_sha256(spec: ModelSpec, found: OpenClipFiles) -> str:

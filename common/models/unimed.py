@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from common.errors import ModelError
 from common.models import open_clip as stock
 from common.models.dual_encoder import Tokenize
 from common.models.open_clip import OpenClipEncoder
@@ -19,10 +20,21 @@ STRAY = ("text_encoder.transformer.embeddings.position_ids", "text_encoder.trans
 
 
 def to_stock_names(tensors: Tensors) -> Tensors:
-    """The fork's tensors by stock open_clip's names; tensors that have those already stay as they are."""
+    """The fork's tensors by stock open_clip's names; tensors that have those already stay as they are.
+
+    Raises:
+        ModelError: A tensor is there under both names.
+    """
     kept = without(tensors, STRAY)
     towers = {name: value for name, value in kept.items() if not name.startswith(FORK_TEXT)}
-    return {**towers, **renamed(kept, FORK_TEXT, STOCK_TEXT)}
+    text = renamed(kept, FORK_TEXT, STOCK_TEXT)
+    twice = sorted(set(towers) & set(text))
+    if twice:
+        raise ModelError(
+            f"The checkpoint holds tensors both by the fork's names and by stock open_clip's, such as {twice[0]}; "
+            "which of them was trained cannot be told."
+        )
+    return {**towers, **text}
 
 
 def describe(spec: ModelSpec) -> ModelDescription:

@@ -225,7 +225,7 @@ def _write_hf_clip(
     steps = {"do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3}
     constants = {"image_mean": OPENAI_MEAN, "image_std": OPENAI_STD}
     write_json(folder / "preprocessor_config.json", {**steps, **constants, **processor})
-    tensors = state(scramble(CLIPModel(CLIPConfig(**config)), seed))
+    tensors = state(scramble(CLIPModel(CLIPConfig(**config)), seed, gain=2.0))
     # Buffers that transformers saved until 4.31.
     tensors["text_model.embeddings.position_ids"] = torch.arange(HF_CONTEXT)[None]
     tensors["vision_model.embeddings.position_ids"] = torch.arange((HF_SIZE // 16) ** 2 + 1)[None]
