@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from common.models.files import (
     weights_sha256,
 )
 from common.models.spec import Geometry, ModelDescription, ModelSpec
+from common.models.tensors import explain_unreadable
 
 PREFERRED = ("model.safetensors", "pytorch_model.bin")
 _FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling values, as processors store them
@@ -33,9 +35,9 @@ def describe(spec: ModelSpec) -> ModelDescription:
     folder = files.folder
     config = read_model_json(folder, "config.json", spec.name)
     processor = read_model_json(folder, "preprocessor_config.json", spec.name)
-    text_config = config.get("text_config") or {}
-    dim = config.get("projection_dim") or text_config.get("projection_size") or text_config.get("hidden_size")
-    mean, std = recipe.mean or processor.get("image_mean"), recipe.std or processor.get("image_std")
+    dim = _dim(spec, folder)
+    mean, std = _constants(processor)
+    mean, std = recipe.mean or mean, recipe.std or std
     if dim is None or mean is None or std is None:
         raise ModelError(
             f"Model {spec.name!r}: {folder} does not state its width (projection_dim) or its image_mean and image_std; "
@@ -72,10 +74,43 @@ def _folder(spec: ModelSpec, weights: bool = True) -> ModelFiles:
     return files
 
 
+def _full_config(spec: ModelSpec, folder: Path) -> Any:
+    """The configuration with the defaults of its model type: published files leave out what equals them.
+
+    Raises:
+        ModelError: transformers does not know the model type.
+    """
+    from transformers import AutoConfig
+
+    read_model_json(folder, "config.json", spec.name)  # says clearly when it is missing or torn
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"Model {spec.name!r}: transformers cannot read {folder}/config.json: {error}") from error
+
+
+def _dim(spec: ModelSpec, folder: Path) -> int | None:
+    config = _full_config(spec, folder)
+    text = getattr(config, "text_config", None)
+    # CLIP states the common width itself; SigLIP's text tower does, or has no projection.
+    found = (getattr(config, "projection_dim", None), getattr(text, "projection_size", None))
+    return next((width for width in (*found, getattr(text, "hidden_size", None)) if width), None)
+
+
+def _constants(processor: dict[str, Any]) -> tuple[Any, Any]:
+    """Mean and standard deviation of pixels between 0 and 1 that do what the processor's arithmetic does to 0..255."""
+    mean, std = processor.get("image_mean"), processor.get("image_std")
+    if not processor.get("do_normalize", True):
+        mean, std = [0.0] * 3, [1.0] * 3
+    factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
+    if mean is None or std is None or abs(factor * 255 - 1) < 1e-6:
+        return mean, std
+    return [value / (factor * 255) for value in mean], [value / (factor * 255) for value in std]
+
+
 def _context_length(spec: ModelSpec, folder: Path) -> int:
-    text_config = read_model_json(folder, "config.json", spec.name).get("text_config") or {}
-    # 77: transformers' CLIP text default, for configurations that leave it out
-    return spec.recipe.context_length or int(text_config.get("max_position_embeddings", 77))
+    text = getattr(_full_config(spec, folder), "text_config", None)
+    return spec.recipe.context_length or int(getattr(text, "max_position_embeddings", 77))
 
 
 def _geometry(processor: dict[str, Any], name: str) -> Geometry:
@@ -115,12 +150,15 @@ def load(spec: ModelSpec) -> HfClipEncoder:
     Raises:
         ModelError: Tensors are missing or left over, or the model lacks one of the two towers.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModel
 
     files = _folder(spec)
     folder = files.folder
     try:
         model, info = AutoModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    except (pickle.UnpicklingError, EOFError, SafetensorError) as error:
+        raise explain_unreadable(files.weights(PREFERRED, spec.name), spec.name, error) from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"Model {spec.name!r}: {folder} does not load: {str(error)[:600]}") from error
     # Buffers that transformers stopped saving; files written before then still hold them.

@@ -142,11 +142,12 @@ def _placed(name: str, place: str, catalog: dict[str, ModelSpec]) -> ModelSpec:
     if not place:
         raise ModelError(f"{name}= names no place. Give a folder or file: {name}=FOLDER.")
     address = absolute_address(place)  # workers have working directories of their own
-    published = next((spec for spec in catalog.values() if place.rsplit("/", 1)[-1] in spec.source.files), None)
+    # A name such as pytorch_model.bin, under which several are published, tells nothing.
+    published = [spec for spec in catalog.values() if place.rsplit("/", 1)[-1] in spec.source.files]
     if name in catalog:
         return catalog[name].at(address)
-    if not name and published is not None:
-        return published.at(address)
+    if not name and len(published) == 1:
+        return published[0].at(address)
     if Storage(address).is_file():
         raise ModelError(
             f"{place} is a single file, whose architecture it does not tell. Say which model it is, NAME={place} with "

@@ -40,10 +40,11 @@ def read_checkpoint(path: Path, model: str) -> Any:
         *(SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError),
         *(ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error, AssertionError),
     ) as error:
-        raise _explained(path, model, error) from error
+        raise explain_unreadable(path, model, error) from error
 
 
-def _explained(path: Path, model: str, error: Exception) -> ModelError:
+def explain_unreadable(path: Path, model: str, error: Exception) -> ModelError:
+    """What is wrong with a checkpoint file, from what a library raised when it read it."""
     foreign = re.search(r"(?:Unsupported global: GLOBAL|unsupported GLOBAL) (\S+)", str(error))
     if "TorchScript" in str(error):
         return ModelError(
