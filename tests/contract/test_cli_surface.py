@@ -119,5 +119,5 @@ def assert_one_paragraph(arguments: list[str], message: str, environment: dict[s
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert "canary" not in done.stderr
-    said = " ".join(done.stderr[done.stderr.index("mmkd: ") :].split())
+    said = " ".join(done.stderr[done.stderr.index("mmkd:") :].split())
     assert re.search(message, said), said
