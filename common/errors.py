@@ -9,6 +9,7 @@ MmkdError
  +-- StorageError    an address cannot be reached, read or written
  +-- ModelError      a model cannot be found, loaded or trusted
  |    +-- TermsError      a teacher's terms need the user's consent
+ |    +-- UntrustedError  a checkpoint holds more than tensors
  +-- TrainError      a training run cannot start or go on
  +-- EvaluateError   nothing can be measured with what was given
  +-- ClusterError    Ray or the job server does not offer what was asked
@@ -49,6 +50,10 @@ class ModelError(MmkdError):
 
 class TermsError(ModelError):
     """A teacher's terms condition models trained on its outputs, and nobody has accepted them."""
+
+
+class UntrustedError(ModelError):
+    """A checkpoint holds more than tensors, and reading it would run code from the file."""
 
 
 class TrainError(MmkdError):

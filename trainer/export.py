@@ -12,8 +12,11 @@ import pyarrow as pa
 from common.config import fingerprint
 from common.errors import ConfigError
 from common.lake import Lake, now
-from common.models.files import file_sha256
+from common.models.bert_tokens import loadable_folder
+from common.models.convert import save_tensors
+from common.models.files import TOKENIZER_FILES, file_sha256, tokenizer_folder
 from common.models.load import load_model
+from common.models.open_clip import find_files
 from common.models.spec import ModelSpec
 from common.storage import Storage
 from common.version import VERSION
@@ -110,11 +113,6 @@ def export_model(spec: ModelSpec, out: str, *, force: bool = False) -> str:
 
 def write_published_files(spec: ModelSpec, folder: Path) -> None:
     """Weights by stock open_clip's names, configuration with the preprocessing spelt out, and the tokenizer's files."""
-    from common.models.bert_tokens import loadable_folder
-    from common.models.convert import save_tensors
-    from common.models.files import TOKENIZER_FILES, tokenizer_folder
-    from common.models.open_clip import find_files
-
     encoder: Any = load_model(spec)
     description, found = encoder.description, find_files(spec, weights=False)
     save_tensors(encoder.model.state_dict(), folder / WEIGHTS)

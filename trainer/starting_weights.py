@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
-from common.config import StrictModel
 from common.errors import ModelError, TrainError
 from common.logs import logger
+from common.models.files import find_weights
 from common.models.open_clip import todays_names
 from common.models.tensors import Tensors, load_strictly, read_tensors, renamed, without
 from common.models.unimed import to_stock_names
@@ -17,31 +18,31 @@ BERT_HEADS = ("cls.", "pooler.")
 """Of masked-language modelling; the student projects the tower's own states."""
 
 
-class TowerReport(StrictModel):
-    """Where each part of a student came from, for the log."""
+class Towers(NamedTuple):
+    """Where each tower of a student came from."""
 
     image: str = "random"
     text: str = "random"
 
 
-def load_start(student: Student, model: ModelConfig) -> TowerReport:
+def load_start(student: Student, model: ModelConfig) -> Towers:
     """Fill a new student with the weights its configuration names; what is not named stays random.
 
     Raises:
         TrainError: A file or tag does not exist, or does not fit.
     """
-    report = TowerReport()
+    towers = Towers()
     if model.weights is not None:
         load_pretrained(student, model.weights, model.architecture)
-        report = TowerReport(image=model.weights, text=model.weights)
+        towers = Towers(image=model.weights, text=model.weights)
     if model.vision_weights is not None:
         load_image_tower(student, model.vision_weights, model.architecture)
-        report = report.model_copy(update={"image": model.vision_weights})
+        towers = towers._replace(image=model.vision_weights)
     if model.text_weights is not None:
         load_text_tower(student, model.text_weights)
-        report = report.model_copy(update={"text": f"{model.text_weights} (projection as before)"})
-    logger.info("student: image tower from %s; text tower from %s", report.image, report.text)
-    return report
+        towers = towers._replace(text=f"{model.text_weights} (projection as before)")
+    logger.info("student: image tower from %s; text tower from %s", towers.image, towers.text)
+    return towers
 
 
 def load_pretrained(student: Student, weights: str, name: str) -> None:
@@ -97,8 +98,6 @@ def load_text_tower(student: Student, weights: str) -> None:
     Raises:
         TrainError: There is no such file, the student has no such tower, or it does not fit.
     """
-    from common.models.files import find_weights
-
     tower = getattr(getattr(student.model, "text", None), "transformer", None)
     if tower is None or not hasattr(tower, "config"):
         raise TrainError(

@@ -5,6 +5,7 @@ B = batch, H x W = pixels, C = channels, L = context length, D = width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -17,7 +18,7 @@ from common.models.dual_encoder import Tokenize
 from common.models.spec import ModelDescription
 
 
-class Encoder:
+class Encoder(ABC):
     """A frozen module with the pictures' constants; a family says how its module is called.
 
     Args:
@@ -79,10 +80,10 @@ class Encoder:
             raise ModelError(f"Model {self.description.name!r} has no text tower.")
         return self.text_features(tokens_BL.long()).float()
 
+    @abstractmethod
     def image_features(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         """Standardised pixels, always three channels -> [B, D]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def text_features(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """Int64 token ids -> [B, D]."""
-        raise NotImplementedError
+        """Int64 token ids -> [B, D]; never called where the description has no text width."""

@@ -45,12 +45,13 @@ def read_catalog(extra: str | None = None) -> dict[str, ModelSpec]:
     known: dict[str, dict[str, Any]] = {}
     for file in sorted(CATALOG_FOLDER.glob("*.yaml")):
         known.update(_entries(str(file)))
-    if extra is not None:
-        for name, values in _entries(extra).items():
-            known[name] = _merged(known.get(name, {}), _with_full_paths(values, Path(extra).absolute().parent))
-    where = {name: extra if extra and name in _entries(extra) else "the packaged catalog" for name in known}
+    mine = {} if extra is None else _entries(extra)
+    for name, values in mine.items():
+        known[name] = _merged(known.get(name, {}), _with_full_paths(values, Path(str(extra)).absolute().parent))
     return {
-        name: parse_config(ModelSpec, {"name": name, **values}, f"model {name} in {where[name]}")
+        name: parse_config(
+            ModelSpec, {"name": name, **values}, f"model {name} in {extra if name in mine else 'the packaged catalog'}"
+        )
         for name, values in known.items()
     }
 
@@ -164,7 +165,12 @@ def _plain_name(path: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", path.rstrip("/").rsplit("/", 1)[-1].lower()).strip("-._")
 
 
-def _family(spec: ModelSpec) -> Any:
+def family_module(spec: ModelSpec) -> Any:
+    """The module that loads an entry's family.
+
+    Raises:
+        ModelError: No loader goes by that name.
+    """
     if spec.family not in FAMILIES:
         raise ModelError(
             f"Model {spec.name!r} names family {spec.family!r}, which has no loader. Known: {', '.join(FAMILIES)}."
@@ -178,7 +184,7 @@ def describe_model(spec: ModelSpec) -> ModelDescription:
     Raises:
         ModelError: The files are missing or not as the family expects.
     """
-    description: ModelDescription = _family(spec).describe(spec)
+    description: ModelDescription = family_module(spec).describe(spec)
     return description
 
 
@@ -194,11 +200,11 @@ def load_model(model: ModelSpec | str, catalog: dict[str, ModelSpec] | None = No
         ModelError: The checkpoint does not fit the architecture.
     """
     spec = find_spec(model, read_catalog() if catalog is None else catalog) if isinstance(model, str) else model
-    encoder: DualEncoder = _family(spec).load(spec)
+    encoder: DualEncoder = family_module(spec).load(spec)
     return encoder
 
 
 def load_tokenizer(spec: ModelSpec) -> Tokenize:
     """Load only the tokenizer, for CPU workers that prepare batches."""
-    tokenize: Tokenize = _family(spec).load_tokenizer(spec)
+    tokenize: Tokenize = family_module(spec).load_tokenizer(spec)
     return tokenize

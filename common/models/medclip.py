@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from common.config import fingerprint
-from common.errors import ModelError
-from common.models.architectures import read_architecture
+from common.models.architectures import bert_config, two_towers
 from common.models.bert_tokens import PAD, load_bert_tokenizer
 from common.models.dual_encoder import Tokenize
 from common.models.encoder import Encoder
@@ -25,6 +24,8 @@ from common.models.files import locate, tokenizer_folder, tokenizer_sha256, weig
 from common.models.spec import Geometry, ModelDescription, ModelSpec
 from common.models.tensors import Tensors, load_strictly, read_tensors, without
 
+ARCHITECTURE = "medclip-vit"
+"""The packaged architecture, for entries that name none."""
 CONTEXT_LENGTH = 77
 MEAN, STD = 0.5862785803043838, 0.27950088968644304
 MAX_LOG_SCALE = 4.6052
@@ -48,13 +49,12 @@ class MedClip(nn.Module):
     """Both towers by the checkpoint's own names."""
 
     def __init__(self, architecture: dict[str, Any]) -> None:
-        from transformers import BertConfig, BertModel, SwinConfig, SwinModel
+        from transformers import BertModel, SwinConfig, SwinModel
 
         super().__init__()
         dim = int(architecture["embed_dim"])
         self.vision_model = _Tower(SwinModel(SwinConfig(**architecture["vision"])), dim)
-        text = {key: value for key, value in architecture["text"].items() if key != "model_type"}
-        self.text_model = _Tower(BertModel(BertConfig(**text)), dim)
+        self.text_model = _Tower(BertModel(bert_config(architecture["text"])), dim)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
 
@@ -78,7 +78,8 @@ def to_todays_names(tensors: Tensors) -> Tensors:
 
 def describe(spec: ModelSpec) -> ModelDescription:
     """Sizes of the architecture, the recipe's choices, and the checkpoint's hash."""
-    files, architecture = locate(spec), _architecture(spec)
+    files = locate(spec)
+    architecture = two_towers(spec, files.folder, ARCHITECTURE)
     size = architecture["vision"]["image_size"]
     return ModelDescription(
         name=spec.name,
@@ -97,14 +98,6 @@ def describe(spec: ModelSpec) -> ModelDescription:
     )
 
 
-def _architecture(spec: ModelSpec) -> dict[str, Any]:
-    name = spec.architecture or "medclip-vit"
-    architecture = read_architecture(name, spec.name)
-    if architecture is None or not {"embed_dim", "vision", "text"} <= set(architecture):
-        raise ModelError(f"Model {spec.name!r}: {name} is not a MedCLIP architecture (embed_dim, vision, text).")
-    return architecture
-
-
 def load_tokenizer(spec: ModelSpec) -> Tokenize:
     """Bio_ClinicalBERT's word pieces in lower case, padded and cut to 77."""
     folder = tokenizer_folder(spec, locate(spec, weights=False))
@@ -117,8 +110,9 @@ def load(spec: ModelSpec) -> MedClipEncoder:
     Raises:
         ModelError: The checkpoint is missing or does not fit.
     """
-    weights = locate(spec).weights(PREFERRED, spec.name)
-    model = MedClip(_architecture(spec))
+    files = locate(spec)
+    weights = files.weights(PREFERRED, spec.name)
+    model = MedClip(two_towers(spec, files.folder, ARCHITECTURE))
     load_strictly(model, to_todays_names(read_tensors(weights, spec.name)), f"Model {spec.name!r}: {weights}")
     description = describe(spec)
     block = model.vision_model.model.encoder.layers[0].blocks[0]

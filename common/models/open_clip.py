@@ -12,7 +12,7 @@ import torch
 
 from common.config import fingerprint
 from common.errors import ModelError
-from common.models.architectures import packaged, read_architecture, text_tower
+from common.models.architectures import model_architecture, packaged, text_tower
 from common.models.bert_tokens import loadable_folder
 from common.models.dual_encoder import Tokenize
 from common.models.encoder import Encoder
@@ -78,13 +78,13 @@ def find_files(spec: ModelSpec, weights: bool = True) -> OpenClipFiles:
             config = read_model_json(files.folder, CONFIG, spec.name)
             found = OpenClipFiles(config.get("model_cfg", config), config.get("preprocess_cfg", {}), files)
         else:
-            config = architecture_config(spec)
+            config = architecture_config(spec, files.folder)
             found = OpenClipFiles(config["model_cfg"], config.get("preprocess_cfg", {}), files)
     return OpenClipFiles(_with_recipe(found.model_cfg, spec), found.preprocess_cfg, found.files, found.tag_file)
 
 
-def architecture_config(spec: ModelSpec) -> dict[str, Any]:
-    """``model_cfg`` (and perhaps ``preprocess_cfg``) of the architecture an entry names.
+def architecture_config(spec: ModelSpec, folder: Path | None = None) -> dict[str, Any]:
+    """``model_cfg`` (and perhaps ``preprocess_cfg``) of the architecture an entry names, or its store folder keeps.
 
     Raises:
         ModelError: It names none, or one that nobody knows.
@@ -96,7 +96,7 @@ def architecture_config(spec: ModelSpec) -> dict[str, Any]:
             f"Model {spec.name!r}: there is no {CONFIG} beside the weights and the entry names no architecture. State "
             "architecture: (such as ViT-B-16) in the catalog YAML."
         )
-    config = read_architecture(spec.architecture, spec.name)
+    config = model_architecture(spec, folder)
     if config is not None:
         if "model_cfg" not in config:
             raise ModelError(f"Model {spec.name!r}: the architecture {spec.architecture} has no model_cfg.")

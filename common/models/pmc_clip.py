@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from common.config import fingerprint
-from common.errors import ModelError
-from common.models.architectures import read_architecture
+from common.models.architectures import bert_config, two_towers
 from common.models.bert_tokens import load_bert_tokenizer
 from common.models.dual_encoder import Tokenize
 from common.models.encoder import Encoder
@@ -33,6 +32,8 @@ from common.models.files import (
 from common.models.spec import Geometry, ModelDescription, ModelSpec
 from common.models.tensors import Tensors, load_strictly, read_checkpoint, read_tensors, renamed, unwrap, without
 
+ARCHITECTURE = "pmc-clip"
+"""The packaged architecture, for entries that name none."""
 CONTEXT_LENGTH = 77
 HEAD_WIDTH = 64
 NOTEBOOK_LOG_SCALE = 4.4292
@@ -49,16 +50,14 @@ class PmcClip(nn.Module):
 
     def __init__(self, architecture: dict[str, Any], pool_heads: int) -> None:
         from open_clip.modified_resnet import ModifiedResNet
-        from transformers import BertConfig, BertModel
+        from transformers import BertModel
 
         super().__init__()
         dim, vision = int(architecture["embed_dim"]), architecture["vision"]
         self.visual = ModifiedResNet(
             vision["layers"], dim, pool_heads, image_size=vision["image_size"], width=vision["width"]
         )
-        self.text_encoder = BertModel(
-            BertConfig(**{k: v for k, v in architecture["text"].items() if k != "model_type"})
-        )
+        self.text_encoder = BertModel(bert_config(architecture["text"]))
         self.text_projection = nn.Parameter(torch.zeros(self.text_encoder.config.hidden_size, dim))
         self.logit_scale = nn.Parameter(torch.tensor(NOTEBOOK_LOG_SCALE))
 
@@ -67,13 +66,18 @@ def describe(spec: ModelSpec) -> ModelDescription:
     """Sizes of the architecture, the recipe's choices, and the hash of the checkpoint or of the three files."""
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
-    files, architecture = locate(spec), _architecture(spec)
+    files = locate(spec)
+    architecture = two_towers(spec, files.folder, ARCHITECTURE)
     return ModelDescription(
         name=spec.name,
         family="pmc_clip",
         weights_sha256=_weights_sha256(files, spec.name),
         architecture=f"pmc_clip:{fingerprint(architecture)}",
-        settings={"pool_heads": str(_pool_heads(spec)), "pooling": spec.recipe.pooling or "cls", "pads": "attended"},
+        settings={
+            "pool_heads": str(_pool_heads(spec, architecture)),
+            "pooling": spec.recipe.pooling or "cls",
+            "pads": "attended",
+        },
         geometry=spec.recipe.geometry or Geometry(size=architecture["vision"]["image_size"]),
         mean=spec.recipe.mean or OPENAI_DATASET_MEAN,
         std=spec.recipe.std or OPENAI_DATASET_STD,
@@ -85,17 +89,9 @@ def describe(spec: ModelSpec) -> ModelDescription:
     )
 
 
-def _architecture(spec: ModelSpec) -> dict[str, Any]:
-    name = spec.architecture or "pmc-clip"
-    architecture = read_architecture(name, spec.name)
-    if architecture is None or not {"embed_dim", "vision", "text"} <= set(architecture):
-        raise ModelError(f"Model {spec.name!r}: {name} is not a PMC-CLIP architecture (embed_dim, vision, text).")
-    return architecture
-
-
-def _pool_heads(spec: ModelSpec) -> int:
+def _pool_heads(spec: ModelSpec, architecture: dict[str, Any]) -> int:
     # Stock open_clip and the training code: width * 32 / 64.
-    return spec.recipe.pool_heads or _architecture(spec)["vision"]["width"] * 32 // HEAD_WIDTH
+    return spec.recipe.pool_heads or architecture["vision"]["width"] * 32 // HEAD_WIDTH
 
 
 def _split_files(files: ModelFiles) -> tuple[Path, Path, Path] | None:
@@ -132,7 +128,8 @@ def load(spec: ModelSpec) -> PmcClipEncoder:
     """
     files = locate(spec)
     split = _split_files(files)
-    model = PmcClip(_architecture(spec), _pool_heads(spec))
+    architecture = two_towers(spec, files.folder, ARCHITECTURE)
+    model = PmcClip(architecture, _pool_heads(spec, architecture))
     if split is not None:
         where, tensors = f"Model {spec.name!r}: {files.folder}", _read_split(split, spec.name)
     else:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from common.errors import ModelError
+from common.errors import ModelError, UntrustedError
 
 Tensors = dict[str, torch.Tensor]
 WRAPPERS = ("state_dict", "model_state_dict")
@@ -25,13 +25,14 @@ def read_checkpoint(path: Path, model: str) -> Any:
     """What a checkpoint file holds, read with ``weights_only=True`` (or as safetensors): tensors and plain containers.
 
     Raises:
-        ModelError: The file is torn, is not a checkpoint, or holds Python objects that would have to be executed.
+        ModelError: The file is torn or is not a checkpoint.
+        UntrustedError: It holds Python objects that would have to be executed.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors" or is_safetensors(path):
             return load_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch announces TorchScript archives before it refuses them
@@ -43,18 +44,26 @@ def read_checkpoint(path: Path, model: str) -> Any:
         raise explain_unreadable(path, model, error) from error
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as safetensors do, whatever it is called: some repositories call them ``.bin``."""
+    with path.open("rb") as stream:
+        head = stream.read(9)
+    # Eight bytes with the length of the header, then the header, which is JSON.
+    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+
+
 def explain_unreadable(path: Path, model: str, error: Exception) -> ModelError:
     """What is wrong with a checkpoint file, from what a library raised when it read it."""
     foreign = re.search(r"(?:Unsupported global: GLOBAL|unsupported GLOBAL) (\S+)", str(error))
     if "TorchScript" in str(error):
-        return ModelError(
+        return UntrustedError(
             f"Model {model!r}: {path} holds more than tensors (a TorchScript program), and reading that would run it. "
             "If you trust whoever made it, load it with torch.jit.load, save its state_dict() with torch.save, and use "
             "that file."
         )
     if foreign:
         what = foreign.group(1)
-        return ModelError(
+        return UntrustedError(
             f"Model {model!r}: {path} holds more than tensors ({what}), and reading that would run code from the file. "
             f"If you trust whoever made it, convert it once with `mmkd teachers convert --trust {path}` and use the "
             "safetensors file that this writes."

@@ -119,3 +119,7 @@ class TimmImageEncoder(Encoder):
         """Standardised pixels -> [B, D], as timm pools them."""
         features_BD: torch.Tensor = self.model(pixels_BCHW)
         return features_BD
+
+    def text_features(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """There is no text tower; ``encode_text`` has said so before."""
+        raise AssertionError("an image encoder was asked for text features")

@@ -6,8 +6,6 @@ The fork keeps its text tower as ``text_encoder`` where open_clip has ``text``; 
 
 from __future__ import annotations
 
-from typing import Any
-
 from common.errors import ModelError
 from common.models import open_clip as stock
 from common.models.dual_encoder import Tokenize
@@ -15,6 +13,7 @@ from common.models.open_clip import OpenClipEncoder
 from common.models.spec import ModelDescription, ModelSpec
 from common.models.tensors import Tensors, read_tensors, renamed, without
 
+PREFERRED: tuple[str, ...] = stock.PREFERRED
 FORK_TEXT, STOCK_TEXT = "text_encoder.", "text."
 STRAY = ("text_encoder.transformer.embeddings.position_ids", "text_encoder.transformer.pooler.")
 
@@ -55,8 +54,3 @@ def load(spec: ModelSpec) -> OpenClipEncoder:
     """
     found = stock.find_files(spec)
     return stock.load_found(spec, found, to_stock_names(read_tensors(found.weights(spec.name), spec.name)))
-
-
-def stock_model_cfg(spec: ModelSpec) -> dict[str, Any]:
-    """The open_clip configuration of the entry's architecture, for exporting it to a stock folder."""
-    return dict(stock.find_files(spec, weights=False).model_cfg)

@@ -96,8 +96,9 @@ def test_from_a_store_they_are_the_same_teachers(lake, nine, catalog, tmp_path, 
     known, store = read_catalog(catalog), str(tmp_path / "store")
     for name in NINE:
         fetch(FetchPlan(known[name], source=str(nine[name].place)), store)
-    # The files of the authors are out of reach now: only the store can be read.
-    moved = {name: {**upstream.entry, "path": "/nowhere"} for name, upstream in nine.items()}
+    # The authors' files are out of reach now, and so are the small architectures: only the store can be read.
+    kept = {name: {k: v for k, v in u.entry.items() if k != "architecture"} for name, u in nine.items()}
+    moved = {name: {**entry, "path": "/nowhere"} for name, entry in kept.items()}
     (tmp_path / "moved.yaml").write_text(json.dumps(moved), encoding="utf-8")
     report = extract(lake.uri, config(str(tmp_path / "moved.yaml"), store=store))
     assert (report.shards, report.skipped) == (0, 18)

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ModelError
+from common.models.spec import ModelSpec
 
 FOLDER = Path(__file__).parent
 TEXT_CONFIG = "text_config.json"
+ARCHITECTURE = "architecture.json"
+"""In a store: the user's own architecture file of a model that was fetched with one."""
 TEXT_TOWERS = {  # hub name of a BERT -> file in text/
     "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract": "bert-base-30522.json",
     "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext": "bert-base-30522.json",
@@ -45,6 +48,45 @@ def read_architecture(name: str, model: str) -> dict[str, Any] | None:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ModelError(f"Model {model!r}: the architecture file {file} cannot be read ({error}).") from error
+
+
+def model_architecture(spec: ModelSpec, folder: Path | None, default: str | None = None) -> dict[str, Any] | None:
+    """The architecture of a model: the file its store folder keeps, else the one its entry names.
+
+    Args:
+        spec: The entry.
+        folder: The model's folder.
+        default: Packaged name to use when the entry names none.
+
+    Raises:
+        ModelError: The file is missing or not JSON.
+    """
+    if folder is not None and (folder / ARCHITECTURE).is_file():
+        return read_architecture(str(folder / ARCHITECTURE), spec.name)
+    name = spec.architecture or default
+    return None if name is None else read_architecture(name, spec.name)
+
+
+def two_towers(spec: ModelSpec, folder: Path, default: str) -> dict[str, Any]:
+    """The architecture of a family that builds its towers itself: ``embed_dim``, ``vision`` and ``text``.
+
+    Raises:
+        ModelError: It is of another kind.
+    """
+    architecture = model_architecture(spec, folder, default)
+    if architecture is None or not {"embed_dim", "vision", "text"} <= set(architecture):
+        raise ModelError(
+            f"Model {spec.name!r}: {spec.architecture} is no architecture of the {spec.family} family, which states "
+            f"embed_dim, vision and text as the packaged {default} does."
+        )
+    return architecture
+
+
+def bert_config(text: dict[str, Any]) -> Any:
+    """The transformers configuration of a BERT whose settings an architecture states."""
+    from transformers import BertConfig
+
+    return BertConfig(**{key: value for key, value in text.items() if key != "model_type"})
 
 
 def text_tower(name: str, folder: Path | None = None) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +17,8 @@ from common.models.embed import embed_images, embed_texts
 from common.models.load import describe_model, find_spec, load_model, load_tokenizer, read_catalog
 from common.models.open_clip import architecture_config, build, inspect
 from common.models.spec import Geometry
+
+pytestmark = pytest.mark.usefixtures("no_network")
 
 NAMES = ["bmca-clip", "biomedclip", "quiltnet-b-32", "genmedclip", "pubmedclip-original"]
 NATIVE = [name for name in NAMES if name != "biomedclip"]
@@ -80,31 +81,6 @@ def teacher(tmp_path_factory):
 @pytest.fixture(scope="module")
 def photos():
     return upstream.pictures()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small are slower on several threads, and very slow on cores that others use."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    """No test of this file may even try to reach a network: files are made, described, loaded and run without one."""
-    tried = []
-
-    def refuse(*given, **_):
-        tried.append(given)
-        raise OSError("there is no network here")
-
-    for what in ("connect", "connect_ex"):
-        monkeypatch.setattr(socket.socket, what, refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    yield
-    assert tried == []
 
 
 # --- The numbers.

@@ -218,7 +218,7 @@ def test_a_bare_checkpoint_of_a_users_catalog(tiny, tmp_path, published, s3):
     original = catalog["mine"]
     for store in (str(tmp_path / "store"), f"{s3}/models"):
         folder = fetch(FetchPlan(original), store)
-        assert set(assert_clean(folder)) == {"mine.safetensors"}
+        assert set(assert_clean(folder)) == {"architecture.json", "mine.safetensors"}
         # Found by name, with and without the catalog that the name came from.
         for known in (catalog, {}):
             stored = find_spec("mine", known, store)
@@ -227,6 +227,9 @@ def test_a_bare_checkpoint_of_a_users_catalog(tiny, tmp_path, published, s3):
         assert_vectors(stored, published)
     # The same weights are the same model, wherever they lie: their embeddings may be mixed.
     assert describe_model(stored).identity() == describe_model(original).identity()
+    # A worker elsewhere has neither the checkpoint nor the architecture's file.
+    shutil.rmtree(tmp_path / "lab")
+    assert_vectors(find_spec("mine", {}, str(tmp_path / "store")), published)
 
 
 def test_the_manifest_says_where_from_and_under_which_terms(tiny, tmp_path):
@@ -326,7 +329,7 @@ def test_a_checkpoint_with_more_than_tensors_needs_trust(tiny, tmp_path, publish
         fetch(FetchPlan(spec), store)
     assert not Path(store).exists()
     folder = fetch(FetchPlan(spec, trust=True), store)
-    assert set(assert_clean(folder)) == {"mine.safetensors"}
+    assert set(assert_clean(folder)) == {"architecture.json", "mine.safetensors"}
     assert_vectors(find_spec("mine", {}, store), published)
 
 
@@ -371,7 +374,7 @@ def test_paths_in_an_archive_lead_nowhere(tiny, tmp_path, published, escape):
     )
     before = content(tmp_path)
     folder = fetch(FetchPlan(spec, source=str(deep / "theirs.zip")), str(tmp_path / "store"))
-    assert set(assert_clean(folder)) == {"pytorch_model.safetensors"}
+    assert set(assert_clean(folder)) == {"architecture.json", "pytorch_model.safetensors"}
     new = {path: data for path, data in content(tmp_path).items() if path not in before}
     assert all(path.startswith(("store/mine/", "cache/")) for path in new)
     assert b"evil" not in new.values()
@@ -538,7 +541,7 @@ def test_a_checkpoint_is_fetched_from_a_web_server(tiny, tmp_path, serve, publis
     server, store = serve((tmp_path / "lab" / "mine.pt").read_bytes()), str(tmp_path / "store")
     folder = fetch(FetchPlan(spec, source=server.address()), store)
     assert manifest(folder)["source"]["asked"] == server.address()
-    assert set(assert_clean(folder)) == {"mine.safetensors"}
+    assert set(assert_clean(folder)) == {"architecture.json", "mine.safetensors"}
     assert_vectors(find_spec("mine", {}, store), published)
     before = list(server.ranges)
     fetch(FetchPlan(spec, source=server.address()), store)
@@ -748,7 +751,7 @@ def test_models_come_from_the_hubs_cache_without_the_hub(tiny, make_clip_folder,
     assert all({key: m[key] for key in terms} == terms for m in said.values())
     assert assert_clean(str(store / "newest")) == content(tiny)
     assert assert_clean(str(store / "pinned")) == content(other)
-    assert set(assert_clean(str(store / "data"))) == {"mine.safetensors"}
+    assert set(assert_clean(str(store / "data"))) == {"architecture.json", "mine.safetensors"}
     known = read_catalog(str(lab / "hub.yaml"))
     for name in ("newest", "data"):
         assert known[name].path is None

@@ -339,3 +339,9 @@ def test_half_precision_is_widened(dtype):
     for name, value in module.state_dict().items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, halves[name].float(), atol=0, rtol=0)
+
+
+def test_safetensors_under_another_name_are_read_as_what_they_are(tmp_path):
+    """Some loaders read GenMedClip's ``.bin`` with the safetensors library."""
+    save_file({"weight": torch.ones(2)}, str(tmp_path / "open_clip_pytorch_model.bin"))
+    assert torch.equal(read_tensors(tmp_path / "open_clip_pytorch_model.bin", "mine")["weight"], torch.ones(2))

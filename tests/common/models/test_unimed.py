@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 from dataclasses import replace
 
 import numpy as np
@@ -17,8 +16,10 @@ from common.errors import ModelError
 from common.models import unimed
 from common.models.embed import embed_images, embed_texts
 from common.models.load import describe_model, find_spec, load_model, load_tokenizer, read_catalog
-from common.models.open_clip import architecture_config, build, inspect
+from common.models.open_clip import architecture_config, build, find_files, inspect
 from common.models.spec import Geometry
+
+pytestmark = pytest.mark.usefixtures("no_network")
 
 NAMES = ["unimed-clip", "mmkd-clip"]
 PACKAGED = ["unimed-clip", "mmkd-clip", "unimed-clip-l14-base", "unimed-clip-l14-large"]
@@ -58,31 +59,6 @@ def reconfigure(written, change):
     config = json.loads(file.read_text())
     change(config["model_cfg"])
     file.write_text(json.dumps(config))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small are slower on several threads, and very slow on cores that others use."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    """No test of this file may even try to reach a network, although the entries name a text tower on the hub."""
-    tried = []
-
-    def refuse(*given, **_):
-        tried.append(given)
-        raise OSError("there is no network here")
-
-    for what in ("connect", "connect_ex"):
-        monkeypatch.setattr(socket.socket, what, refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    yield
-    assert tried == []
 
 
 @pytest.fixture(scope="module")
@@ -481,7 +457,7 @@ def test_the_exported_configuration_opens_in_stock_open_clip(teacher, tmp_path, 
     written, spec, model = teacher("unimed-clip")
     folder = tmp_path / "stock"
     folder.mkdir()
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": unimed.stock_model_cfg(spec)}))
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": find_files(spec, weights=False).model_cfg}))
     save_file(unimed.to_stock_names(upstream.published(written.place)), str(folder / "open_clip_model.safetensors"))
     stock = upstream.stock_folder(folder)
     with torch.no_grad():

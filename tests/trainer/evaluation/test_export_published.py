@@ -85,6 +85,17 @@ def test_stock_open_clip_opens_the_export_and_gives_the_same_vectors(published, 
     assert "Licence: unclear" in card
 
 
+def test_the_command_exports_it_too(published, tmp_path):
+    from typer.testing import CliRunner
+
+    from cluster.cli import app
+
+    command = ["export", f"mmkd-clip={published[0]}", str(tmp_path / "out"), "--catalog", str(tmp_path / "mine.yaml")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "open_clip_model.safetensors").is_file()
+
+
 def test_an_export_is_a_student_like_any_other(published, tmp_path):
     file, catalog = published
     out = export_model(find_spec(f"mmkd-clip={file}", catalog), str(tmp_path / "out"))
