@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands import extracting, models, operating, training
+from cluster.commands import extracting, inspecting, models, operating, planning, tending, training
 from common.errors import MmkdError
 from common.logs import configure_logs
 from common.version import VERSION
@@ -24,6 +24,10 @@ app = typer.Typer(
 app.command("demo")(operating.demo)
 app.command("ingest")(extracting.ingest)
 app.command("extract")(extracting.extract)
+app.command("plan")(planning.plan)
+app.command("verify")(tending.verify)
+app.command("compact")(tending.compact)
+app.command("inspect")(inspecting.inspect)
 app.command("select")(training.select)
 app.add_typer(training.train_app, name="train")
 app.command("evaluate")(training.evaluate)
@@ -66,7 +70,7 @@ def find_user_error(error: BaseException | None) -> MmkdError | None:
 
 
 def main() -> None:
-    """Run the command; an error of the user's to mend is one paragraph on stderr and exit code 1."""
+    """Run the command; an error of the user's to mend is one paragraph on stderr and an exit code, mostly 1."""
     try:
         app()
     except Exception as error:
@@ -75,7 +79,7 @@ def main() -> None:
             raise
         width = max(40, min(120, int(os.environ.get("COLUMNS", "100"))))
         print(textwrap.fill(f"mmkd: {ours}", width, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
-        sys.exit(1)
+        sys.exit(ours.exit_code)
 
 
 if __name__ == "__main__":

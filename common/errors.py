@@ -6,6 +6,7 @@ MmkdError
  +-- LakeError       the lake is missing, of another version, or not what was expected
  |    +-- FingerprintError   a partition was produced by something else
  |    +-- SchemaError        a table does not have the agreed columns
+ |    +-- LeaseError         another run is at work on the partition
  +-- StorageError    an address cannot be reached, read or written
  +-- ModelError      a model cannot be found, loaded or trusted
  |    +-- TermsError      a teacher's terms need the user's consent
@@ -13,11 +14,15 @@ MmkdError
  +-- TrainError      a training run cannot start or go on
  +-- EvaluateError   nothing can be measured with what was given
  +-- ClusterError    Ray or the job server does not offer what was asked
+ +-- StoppedError    a signal came; the run ended in good order
 """
 
 
 class MmkdError(Exception):
     """Base of all errors that are the user's to mend; the message says what, where, and what to do."""
+
+    exit_code = 1
+    """Of the command that ends in it."""
 
 
 class ConfigError(MmkdError):
@@ -38,6 +43,10 @@ class FingerprintError(LakeError):
 
 class SchemaError(LakeError):
     """A table does not have the agreed columns."""
+
+
+class LeaseError(LakeError):
+    """Another run is at work on the partition."""
 
 
 class StorageError(MmkdError):
@@ -66,3 +75,9 @@ class EvaluateError(MmkdError):
 
 class ClusterError(MmkdError):
     """Ray or the job server does not offer what was asked."""
+
+
+class StoppedError(MmkdError):
+    """A signal came and the run ended in good order; the exit code is the one a shell gives to SIGTERM."""
+
+    exit_code = 143

@@ -56,7 +56,7 @@ class UndecodableImageError(Exception):
         self.reason, self.detail = reason, detail
 
 
-def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS, least_side: int | None = None) -> Image.Image:
     """Decode a picture to upright 8-bit RGB.
 
     The first frame is taken; EXIF orientation is applied; transparency is laid over white; CMYK goes through the
@@ -66,6 +66,8 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Args:
         data: An encoded file in one of ``FORMATS``.
         max_pixels: Limit on width times height, read from the header before anything is decoded.
+        least_side: A JPEG may come out at a half, a quarter or an eighth of its size, as long as both sides keep this
+            many pixels: the decoder then skips most of its work, and pixels differ a little from those of the whole.
 
     Raises:
         UndecodableImageError: The bytes are not a whole picture within the limit.
@@ -76,12 +78,20 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     with _quiet_pillow:
         image = _open(data, max_pixels)
         try:
+            if least_side is not None and image.format in ("JPEG", "MPO"):
+                image.draft(None, _draft_size(image.size, least_side))
             image.load()
             orientation = _orientation(image)
             rgb = _to_rgb(image)
         except _DECODER_ERRORS as error:
             raise _explain(error) from error
     return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+
+
+def _draft_size(size: tuple[int, int], least_side: int) -> tuple[int, int]:
+    """What to ask Pillow's JPEG decoder for: it never gives less than either number."""
+    scale = least_side / min(size)
+    return (least_side, least_side) if scale >= 1 else (int(size[0] * scale), int(size[1] * scale))
 
 
 def fit(image: Image.Image, geometry: Geometry) -> np.ndarray:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,18 +17,15 @@ import pyarrow as pa
 
 from common.config import differing_keys
 from common.errors import FingerprintError, LakeError
+from common.listing import FileMark, Place, list_marks
 from common.schemas import PAIRS, SCHEMA_VERSION, check_table
+from common.shard_files import locate, open_pack, shards_in
+from common.shard_files import shard_name as shard_name  # the whole project knows it by this module
 from common.storage import Storage, absolute_address
 
 ID_RULE = "first 32 hex digits of sha256(source key, NUL, image sha256, NUL, captions joined by NUL)"
 JOB_FOLDER = "/runtime_resources/working_dir_files/"
 """Part of the path of every submitted job's working directory (Ray's runtime environments)."""
-_SHARD_NAME = re.compile(r"^shard-(\d{6})\.parquet$")
-
-
-def shard_name(index: int) -> str:
-    """File name of shard ``index``, the same in every table."""
-    return f"shard-{index:06d}.parquet"
 
 
 def now() -> str:
@@ -58,7 +54,15 @@ class Lake:
     def shards(self, folder: str = "pairs") -> list[int]:
         """Indices of the shards of a table, ascending; pairs of an ingest that has not finished do not count."""
         present = self.files(folder)
-        if folder != "pairs" or not self.storage.list_folders("ingest"):
+        return self._of_finished_ingests(present) if folder == "pairs" else present
+
+    def pair_marks(self) -> dict[int, FileMark]:
+        """Shard -> mark of its pairs file, ascending; the shards are those of :meth:`shards`."""
+        marks = {index: place.mark for index, place in locate(list_marks(self.storage, "pairs"), packed=False).items()}
+        return {index: marks[index] for index in self._of_finished_ingests(list(marks))}
+
+    def _of_finished_ingests(self, present: list[int]) -> list[int]:
+        if not self.storage.list_folders("ingest"):
             return present
         # An unfinished ingest left shards that its next attempt may cut otherwise; embeddings must not build on them.
         finished: set[int] = set()
@@ -69,9 +73,9 @@ class Lake:
         return [index for index in present if index in finished]
 
     def files(self, folder: str) -> list[int]:
-        """Indices of the shard files in a folder, whoever wrote them."""
-        matches = (_SHARD_NAME.match(name) for name in self.storage.list_files(folder))
-        return sorted(int(match.group(1)) for match in matches if match)
+        """Indices of the shards whose files are in a folder, whoever wrote them; packs of features are seen through."""
+        packed = folder.startswith("features/")
+        return sorted({index for name in self.storage.list_files(folder) for index in shards_in(name, packed)})
 
     def read_pairs(self, index: int, columns: list[str] | None = None) -> pa.Table:
         """Shard ``index`` of the pairs.
@@ -110,8 +114,26 @@ class Lake:
             ) from error
 
     def read_features(self, teacher: str, index: int, columns: list[str] | None = None) -> pa.Table:
-        """Shard ``index`` of a teacher's embeddings."""
-        return self.storage.read_table(f"{self.features_folder(teacher)}/{shard_name(index)}", columns)
+        """Shard ``index`` of a teacher's embeddings, from its own file or else from the pack that holds it.
+
+        Raises:
+            FileNotFoundError: Neither is there.
+            LakeError: The pack is damaged.
+        """
+        folder = self.features_folder(teacher)
+        try:
+            return self.storage.read_table(f"{folder}/{shard_name(index)}", columns)
+        except FileNotFoundError:
+            place = self.feature_places(teacher).get(index)
+            if place is None:
+                raise
+        if place.name == shard_name(index):  # the first look was at a listing from before the file was there
+            return self.storage.read_table(f"{folder}/{place.name}", columns)
+        return open_pack(self.storage, f"{folder}/{place.name}", place.mark).read(index, columns)
+
+    def feature_places(self, teacher: str) -> dict[int, Place]:
+        """Shard -> the file that holds a teacher's embeddings of it, ascending; one listing."""
+        return locate(list_marks(self.storage, self.features_folder(teacher)))
 
 
 def open_lake(uri: str, need_pairs: bool = True) -> Lake:

@@ -33,7 +33,7 @@ ALARM_GRACE_SECONDS = 5.0
 JPEG_QUALITY = 95
 _LOSSY = ("JPEG", "MPO")
 # Hostile files are decoded there: no credentials; one thread, since thread pools reserve address space.
-_BARE_ENVIRONMENT = {
+BARE_ENVIRONMENT = {
     **{name: os.environ[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ},
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
@@ -163,7 +163,7 @@ class SandboxedDecoder:
             stdout=subprocess.PIPE,
             bufsize=0,
             cwd=root,
-            env={"PYTHONPATH": root, **_BARE_ENVIRONMENT},
+            env={"PYTHONPATH": root, **BARE_ENVIRONMENT},
         )
         self._checked = 0
         for pipe in (self._child.stdin, self._child.stdout):
@@ -214,7 +214,7 @@ class SandboxedDecoder:
 def _serve(max_pixels: int, max_seconds: float, max_memory_mib: int, max_side: int) -> None:
     """The child's life: answer requests until the input ends."""
     requests, replies = _private_pipes()
-    _limit_process(max_memory_mib)
+    limit_process(max_memory_mib)
     # Every picture is measured against max_pixels; Pillow's own limit must not be the smaller one.
     Image.MAX_IMAGE_PIXELS = max_pixels
     replies.write(REPLY.pack(READY, 0, 0, 0, 0))
@@ -265,9 +265,11 @@ def _private_pipes() -> tuple[io.BufferedReader, io.FileIO]:
     return requests, replies
 
 
-def _limit_process(max_memory_mib: int) -> None:
+def limit_process(max_memory_mib: int | None) -> None:
+    """No core dumps, no files, and (where a number is given) a bounded address space for the rest of this process."""
     limits = [(resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)]
-    if sys.platform.startswith("linux"):  # other kernels do not enforce it, and macOS refuses it
+    # Other kernels do not enforce a bounded address space, and macOS refuses it.
+    if max_memory_mib is not None and sys.platform.startswith("linux"):
         limits.append((resource.RLIMIT_AS, max_memory_mib << 20))
     for kind, value in limits:
         resource.setrlimit(kind, (value, value))

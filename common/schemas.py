@@ -79,27 +79,31 @@ SCORES = pa.schema(
 is "all" for figures over everything and "mean" for unweighted means over modalities."""
 
 
-def features_schema(image_dim: int | None, text_dim: int | None) -> pa.Schema:
+def features_schema(image_dim: int | None, text_dim: int | None, views: bool = False) -> pa.Schema:
     """Schema of one teacher's embeddings; a tower the teacher lacks is stored as a null column of width 1.
 
     ``image_embedding`` and ``text_embedding`` (of the main caption) are L2-normalised float32 of width D;
     ``image_norm`` and ``text_norm`` are the lengths before normalisation; ``extra_text_embeddings`` holds one vector
     for each further caption, in order. A row the teacher could not embed has nulls, so row i stays pair i.
+    With ``views``, ``view_boxes`` says where each augmented crop lies (left, top, right, bottom as shares of the
+    upright picture) and ``view_embeddings`` holds its vectors.
     """
 
     def vector(dim: int | None) -> pa.DataType:
         return pa.list_(pa.float32(), dim or 1)
 
-    return pa.schema(
-        [
-            pa.field("sample_id", pa.string(), nullable=False),
-            pa.field("image_embedding", vector(image_dim)),
-            pa.field("image_norm", pa.float32()),
-            pa.field("text_embedding", vector(text_dim)),
-            pa.field("text_norm", pa.float32()),
-            pa.field("extra_text_embeddings", pa.list_(vector(text_dim))),
-        ]
-    )
+    fields = [
+        pa.field("sample_id", pa.string(), nullable=False),
+        pa.field("image_embedding", vector(image_dim)),
+        pa.field("image_norm", pa.float32()),
+        pa.field("text_embedding", vector(text_dim)),
+        pa.field("text_norm", pa.float32()),
+        pa.field("extra_text_embeddings", pa.list_(vector(text_dim))),
+    ]
+    if views:
+        fields.append(pa.field("view_boxes", pa.list_(pa.list_(pa.float32(), 4))))
+        fields.append(pa.field("view_embeddings", pa.list_(vector(image_dim))))
+    return pa.schema(fields)
 
 
 def check_table(table: pa.Table | pa.Schema, expected: pa.Schema, where: str) -> None:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
-import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,15 +22,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from common import local_disk
 from common.errors import StorageError
+from common.storage_errors import explained, without_secrets
+
+__all__ = ["ROW_GROUP_ROWS", "Storage", "absolute_address", "without_secrets"]
 
 ROW_GROUP_ROWS = 20_000
-
-
-def without_secrets(text: str) -> str:
-    """A text in which every address has lost its user, password and query, as it may be shown and written down."""
-    text = re.sub(r"(\w://)[^/@\s]*@", r"\1", text)
-    return re.sub(r"(\w://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text)
 
 
 def absolute_address(uri: str) -> str:
@@ -51,11 +47,16 @@ class Storage:
 
     @cached_property
     def _opened(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        if self._is_s3:
+            from common.s3 import open_s3  # slow to import, and of no use to a lake on a disk
+
+            fs, root = open_s3(self.uri)
+            return fs, root.rstrip("/")
         try:
             fs, root = fsspec.core.url_to_fs(self.uri)
         except (ValueError, ImportError) as error:
             raise StorageError(
-                f"The address {self.uri!r} cannot be opened: {error}. "
+                f"The address {without_secrets(self.uri)!r} cannot be opened: {without_secrets(str(error))}. "
                 "Give a local folder, s3://bucket/path, or another address fsspec knows."
             ) from error
         return fs, root.rstrip("/")
@@ -73,6 +74,10 @@ class Storage:
         """Whether the URI is a folder on this machine's disks."""
         return isinstance(self.fs, LocalFileSystem)
 
+    @property
+    def _is_s3(self) -> bool:
+        return self.uri.startswith(("s3://", "s3a://")) and "::" not in self.uri
+
     def path(self, relative: str = "") -> str:
         """The filesystem's own path (no scheme) of a relative path."""
         return f"{self._opened[1]}/{relative}".rstrip("/") if relative else self._opened[1]
@@ -88,21 +93,70 @@ class Storage:
         make visible only when it is complete.
         """
         target = self.path(relative)
-        with _explained(f"write {target}"):
-            if not self.is_local:
+        with explained(f"write {target}"):
+            if self.is_local:
+                local_disk.write(target, data)
+            else:
                 self.fs.pipe_file(target, data)
-                return
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            temporary = f"{os.path.dirname(target)}/.tmp-{uuid.uuid4().hex}"
+
+    def create(self, relative: str, data: bytes) -> bool:
+        """Write a file, whole or not at all, unless there is one of that name: of several callers one succeeds.
+
+        On S3 an answer may be lost and the write be made again, which then finds the file there: if its content is
+        exactly ``data``, it is taken for this call's own. So put something unique into it where it matters whose it is.
+        On file systems that offer no such write (neither a local disk nor S3), this looks first and then writes.
+
+        Returns:
+            Whether this call wrote it.
+        """
+        target = self.path(relative)
+        with explained(f"write {target}"):
+            if self.is_local:
+                return local_disk.create(target, data)
+            if self._is_s3:
+                return bool(self.fs.put_if(target, data, IfNoneMatch="*"))
+            self.fs.invalidate_cache(target)
+            if self.fs.exists(target):
+                return False
+            self.fs.pipe_file(target, data)
+        return True
+
+    def read_versioned(self, relative: str) -> tuple[bytes, str]:
+        """A small file's content, and the version of it that :meth:`replace` takes.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            StorageError: It cannot be read.
+        """
+        with explained(f"read {self.path(relative)}"):
+            if self._is_s3:
+                return cast(tuple[bytes, str], self.fs.read_versioned(self.path(relative)))
+            data = cast(bytes, self.fs.cat_file(self.path(relative)))
+        return data, local_disk.content_version(data)
+
+    def replace(self, relative: str, data: bytes, version: str) -> bool:
+        """Write a file, whole or not at all, if its content is still ``version``: of several callers one succeeds.
+
+        What :meth:`create` says of lost answers and of other file systems holds here too. Locally, only calls of this
+        method wait for each other; :meth:`write_bytes` does not ask.
+
+        Returns:
+            Whether this call wrote it; not if the file is gone.
+        """
+        target = self.path(relative)
+        with explained(f"write {target}"):
+            if self.is_local:
+                return local_disk.replace(target, data, version)
+            if self._is_s3:
+                return bool(self.fs.put_if(target, data, IfMatch=version))
             try:
-                with open(temporary, "wb") as stream:
-                    stream.write(data)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                os.replace(temporary, target)
-            finally:
-                if os.path.exists(temporary):
-                    os.unlink(temporary)
+                present = local_disk.content_version(self.fs.cat_file(target))
+            except FileNotFoundError:
+                return False
+            if present != version:
+                return False
+            self.fs.pipe_file(target, data)
+        return True
 
     def read_bytes(self, relative: str) -> bytes:
         """Read a whole file.
@@ -111,58 +165,51 @@ class Storage:
             FileNotFoundError: There is no such file.
             StorageError: It cannot be read.
         """
-        with _explained(f"read {self.path(relative)}"):
+        with explained(f"read {self.path(relative)}"):
             return cast(bytes, self.fs.cat_file(self.path(relative)))
 
     def download(self, relative: str, target: Path) -> None:
         """Copy a file to this machine, whatever its size; the target appears whole or not at all."""
-        with _explained(f"read {self.path(relative)}"):
-            temporary = target.with_name(f".tmp-{uuid.uuid4().hex}")
+        with explained(f"read {self.path(relative)}"):
+            temporary = target.with_name(f"{local_disk.TEMPORARY}{uuid.uuid4().hex}")
             self.fs.get_file(self.path(relative), str(temporary))
             os.replace(temporary, target)
 
     def upload(self, source: Path, relative: str) -> None:
         """Copy a file of this machine here, whatever its size; it appears whole or not at all."""
         target = self.path(relative)
-        with _explained(f"write {target}"):
-            if not self.is_local:
+        with explained(f"write {target}"):
+            if self.is_local:
+                local_disk.copy(source, target)
+            else:
                 self.fs.put_file(str(source), target)
-                return
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            temporary = f"{os.path.dirname(target)}/.tmp-{uuid.uuid4().hex}"
-            try:
-                shutil.copyfile(source, temporary)
-                os.replace(temporary, target)
-            finally:
-                if os.path.exists(temporary):
-                    os.unlink(temporary)
 
     def exists(self, relative: str = "") -> bool:
         """Whether a file or folder is there."""
-        with _explained(f"look at {self.path(relative)}"):
+        with explained(f"look at {self.path(relative)}"):
             return bool(self.fs.exists(self.path(relative)))
 
     def is_file(self, relative: str = "") -> bool:
         """Whether a file (not a folder) is there."""
-        with _explained(f"look at {self.path(relative)}"):
+        with explained(f"look at {self.path(relative)}"):
             return bool(self.fs.isfile(self.path(relative)))
 
     def size(self, relative: str = "") -> int | None:
         """Bytes of a file; None where the server does not say."""
-        with _explained(f"look at {self.path(relative)}"):
+        with explained(f"look at {self.path(relative)}"):
             found = self.fs.info(self.path(relative)).get("size")
         return None if found is None else int(found)
 
     def version(self, relative: str = "") -> str:
         """What the storage says of a file's present content (ETag, time of change); empty where it says nothing."""
-        with _explained(f"look at {self.path(relative)}"):
+        with explained(f"look at {self.path(relative)}"):
             facts = self.fs.info(self.path(relative))
         marks = ("ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "Content-MD5", "Digest")
         return str([facts.get(name) for name in marks])
 
     def pieces(self, relative: str, start: int, size: int | None, chunk: int) -> Iterator[bytes]:
         """The bytes of a file from ``start`` on, in pieces; in one piece where the server does not say its size."""
-        with _explained(f"read {self.path(relative)}"):
+        with explained(f"read {self.path(relative)}"):
             if size is None:
                 yield cast(bytes, self.fs.cat_file(self.path(relative)))
                 return
@@ -186,25 +233,28 @@ class Storage:
 
     def _entries(self, relative: str) -> Iterator[tuple[str, str]]:
         path = self.path(relative)
-        with _explained(f"list {path}"):
+        with explained(f"list {path}"):
             try:
                 # Other processes write here: a cached listing would hide their work.
                 self.fs.invalidate_cache(path)
                 found = self.fs.ls(path, detail=True)
             except (FileNotFoundError, NotADirectoryError):
                 found = []
-        names = {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["type"] for entry in found}
-        folder = path.rsplit("/", 1)[-1]
-        for name in sorted(names):
+        for entry in sorted(found, key=lambda entry: str(entry["name"])):
+            whole = str(entry["name"]).rstrip("/")
+            name = whole.rsplit("/", 1)[-1]
             # Some object stores list the folder itself as an empty entry.
-            if not name.startswith(".tmp-") and not (name == folder and len(found) == 1 and not self.is_local):
-                yield name, names[name]
+            if not name.startswith(local_disk.TEMPORARY) and (self.is_local or whole != path):
+                yield name, entry["type"]
 
     def remove(self, relative: str) -> None:
         """Delete a file or a folder with all it holds; nothing happens if it is not there."""
-        with _explained(f"delete {self.path(relative)}"):
-            if self.fs.exists(self.path(relative)):
-                self.fs.rm(self.path(relative), recursive=True)
+        with explained(f"delete {self.path(relative)}"):
+            target = self.path(relative)
+            if self._is_s3:
+                self.fs.remove_all(self.fs.find(target))
+            elif self.fs.exists(target):
+                self.fs.rm(target, recursive=True)
 
     def write_json(self, relative: str, value: Any) -> None:
         """Write a value as readable JSON, whole or not at all."""
@@ -258,12 +308,12 @@ class Storage:
             FileNotFoundError: There is no such file.
             StorageError: It is torn or not Parquet.
         """
-        with _explained(f"read {self.path(relative)}"), self.fs.open(self.path(relative), "rb") as stream:
+        with explained(f"read {self.path(relative)}"), self.fs.open(self.path(relative), "rb") as stream:
             return pq.read_table(stream, columns=columns)
 
     def read_metadata(self, relative: str) -> tuple[int, dict[str, str]]:
         """Number of rows and key-value metadata of a Parquet file, without reading its columns."""
-        with _explained(f"read {self.path(relative)}"), self.fs.open(self.path(relative), "rb") as stream:
+        with explained(f"read {self.path(relative)}"), self.fs.open(self.path(relative), "rb") as stream:
             footer = pq.read_metadata(stream)
         pairs = footer.metadata or {}
         return footer.num_rows, {k.decode(): v.decode("utf-8", "replace") for k, v in pairs.items()}
@@ -274,47 +324,3 @@ def _float_leaves(path: str, kind: pa.DataType) -> Iterator[str]:
         yield path
     elif pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
         yield from _float_leaves(f"{path}.list.element", kind.value_type)
-
-
-class _explained:  # noqa: N801 - reads as a phrase at the call: with _explained("write x")
-    """Turn the storage libraries' many exceptions into a StorageError that says what was being done."""
-
-    def __init__(self, doing: str) -> None:
-        self.doing = without_secrets(doing)
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, FileNotFoundError):
-            return
-        if isinstance(error, PermissionError):
-            raise StorageError(
-                f"Could not {self.doing}: permission denied. Check the folder's rights, or for object storage the "
-                "credentials in the environment (for S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
-                "AWS_PROFILE, AWS_ENDPOINT_URL)."
-            ) from error
-        name = type(error).__name__
-        if isinstance(error, OSError | pa.ArrowInvalid) or name in _REMOTE_ERRORS:
-            hint = " For S3, check the credentials and AWS_ENDPOINT_URL." if name in _REMOTE_ERRORS else ""
-            # The libraries' own messages quote whole addresses.
-            raise StorageError(f"Could not {self.doing}: {name}: {without_secrets(str(error))}.{hint}") from error
-
-
-# Named, not imported: botocore is s3fs's affair and slow to import.
-_REMOTE_ERRORS = {
-    "ClientResponseError",
-    "ClientPayloadError",
-    "ClientConnectorError",
-    "ClientConnectionError",
-    "ServerDisconnectedError",
-    "FSTimeoutError",
-    "NoCredentialsError",
-    "PartialCredentialsError",
-    "ClientError",
-    "EndpointConnectionError",
-    "ConnectTimeoutError",
-    "ProfileNotFound",
-    "ParamValidationError",
-    "InvalidRegionError",
-}

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from common.config import StrictModel
+from extractor.placement import TeacherPlacement
 
 
 class ColumnNames(StrictModel):
@@ -57,6 +58,40 @@ class IngestConfig(StrictModel):
     limits: DecodeLimits = DecodeLimits()
 
 
+class HardwareConfig(StrictModel):
+    """What extraction may use, and how it is dealt out."""
+
+    gpus: Literal["auto"] | None = Field(
+        None, description="auto: measure the teachers and split the GPUs so that the slowest stage is fastest."
+    )
+    gpus_per_teacher: float | None = Field(
+        None,
+        ge=0,
+        description="GPUs per actor, or a fraction; None: one each where there are enough, else an equal share.",
+    )
+    actors_per_teacher: PositiveInt = Field(
+        1, description="Actors per teacher; raise it where one teacher is the bottleneck."
+    )
+    teachers: dict[str, TeacherPlacement] = Field(
+        default_factory=dict, description="Placement of single teachers, by name; overrides everything else."
+    )
+    prepare_tasks: PositiveInt | None = Field(
+        None, description="Shards decoded at the same time; None: one per CPU but one."
+    )
+    shards_in_flight: PositiveInt | None = Field(
+        None, description="Prepared shards in memory at once; None: two for each actor of the largest teacher."
+    )
+    threads: int = Field(0, ge=0, description="torch threads per actor on a CPU; 0 shares the cores out.")
+
+
+class ViewsConfig(StrictModel):
+    """Augmented views, stored with their crops so that training can show the student the same pixels."""
+
+    count: int = Field(0, ge=0, description="Crops per picture; 0 stores the clean picture only.")
+    least_area: float = Field(0.4, gt=0, le=1, description="Smallest share of the picture's area in a crop.")
+    seed: int = Field(0, description="Another seed gives other crops.")
+
+
 class ExtractConfig(StrictModel):
     """Which teachers embed the pairs, and with what."""
 
@@ -66,22 +101,29 @@ class ExtractConfig(StrictModel):
     accept_terms: tuple[str, ...] = Field(
         (), description="Teachers whose conditions on models trained on their outputs you accept."
     )
-    micro_batch: PositiveInt = Field(64, description="Pictures per forward pass; larger fills a GPU better.")
-    gpus_per_teacher: float | None = Field(
+    teacher_version: str | None = Field(
         None,
-        ge=0,
-        description="GPUs per actor, or a fraction; None: one each where there are enough, else an equal share.",
+        pattern=r"^[a-z0-9_-]+$",
+        description="Keep what these teachers give now beside what they gave before, as NAME.VERSION.",
     )
-    actors_per_teacher: PositiveInt = Field(
-        1, description="Actors per teacher; raise it where one teacher is the bottleneck."
+    towers: Literal["both", "image", "text"] = Field("both", description="Embed pictures, captions, or both.")
+    views: ViewsConfig = ViewsConfig()
+    decode: Literal["exact", "scaled"] = Field(
+        "exact",
+        description="scaled: large JPEGs are decoded at a fraction of their size; faster, pixels differ a little.",
     )
-    shards_in_flight: PositiveInt = Field(
-        2, description="Prepared shards held at once per fan-out actor; costs memory."
-    )
+    micro_batch: PositiveInt = Field(64, description="Pictures per forward pass; larger fills a GPU better.")
+    hardware: HardwareConfig = HardwareConfig()
+    limits: DecodeLimits = DecodeLimits()
     max_reject_fraction: float = Field(
         0.1,
         ge=0,
         le=1,
-        description="The run stops when a teacher rejects more than this share of a shard's rows.",
+        description="A teacher that rejects more than this share of the rows it has seen stops.",
     )
-    threads: int = Field(0, ge=0, description="torch threads per teacher on a CPU; 0 shares the cores out.")
+    lease_seconds: PositiveFloat = Field(
+        60.0, description="A run that shows no sign of life for so long may be taken over."
+    )
+    grace_seconds: float = Field(
+        2.0, ge=0, description="After SIGTERM, files at work have so long to be finished; `ray job stop` allows 3."
+    )

@@ -5,18 +5,27 @@ The result is one Arrow table per shard, row-aligned with the pairs, that every 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from common.images import UndecodableImageError, decode_rgb, fit
 from common.lake import Lake
 from common.models.dual_encoder import Tokenize
 from common.models.load import load_tokenizer
 from common.models.spec import Geometry, ModelDescription, ModelSpec
+from common.views import view_boxes
+from extractor.config import DecodeLimits, ViewsConfig
+from extractor.decoding import PictureDecoder
+
+SCALED_MARGIN = 2
+"""A JPEG decoded at a fraction of its size keeps so many times the pixels, along a side, that any teacher needs."""
+VIEW_BOXES = "view_boxes"
+SECONDS = b"mmkd.prepare_seconds"
+"""Key of the prepared table's metadata with the time it took."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +34,23 @@ class TeacherInput:
 
     spec: ModelSpec
     description: ModelDescription
+    partition: str = ""
+    """Name of its partition, if it is not the model's own."""
+
+    @property
+    def name(self) -> str:
+        """Name of its partition in the lake."""
+        return self.partition or self.spec.name
 
     @property
     def pixels(self) -> str:
         """Column with the teacher's pictures: uint8 [size * size * channels] per row."""
-        return f"pixels:{self.description.geometry.key}"
+        return pixel_column(self.description.geometry)
+
+    @property
+    def view_pixels(self) -> str:
+        """Column with the teacher's augmented views: list of uint8 [size * size * channels] per row."""
+        return f"view_{self.pixels}"
 
     @property
     def tokens(self) -> str:
@@ -42,8 +63,29 @@ class TeacherInput:
         return f"extra_{self.tokens}"
 
 
+def pixel_column(geometry: Geometry) -> str:
+    """Name of the column with the pictures of a geometry."""
+    return f"pixels:{geometry.key}"
+
+
+def restrict(description: ModelDescription, towers: Literal["both", "image", "text"]) -> ModelDescription:
+    """A model of which only one tower is used is described, fingerprinted and stored like one that has no other."""
+    if towers == "image":
+        return description.model_copy(update={"text_dim": None, "tokenizer_sha256": None, "context_length": None})
+    return description.model_copy(update={"image_dim": None}) if towers == "text" else description
+
+
+def restrict_like(like: ModelDescription, description: ModelDescription) -> ModelDescription:
+    """A description without the towers that ``like`` was stripped of."""
+    if like.text_dim is None:
+        description = restrict(description, "image")
+    return restrict(description, "text") if like.image_dim is None else description
+
+
 _TOKENIZERS: dict[str, Tokenize] = {}
 """Loaded once per worker process, by the key under which teachers share token ids."""
+_DECODERS: dict[DecodeLimits, PictureDecoder] = {}
+"""Started once per worker process: its child outlives the shard."""
 
 
 class Prepare:
@@ -53,12 +95,26 @@ class Prepare:
         lake_uri: The lake.
         inputs: Every teacher of the run, by name.
         todo: Shard -> names of the teachers that still lack it.
+        views: Augmented views beside the clean picture.
+        decode: ``scaled`` decodes large JPEGs at a fraction of their size.
+        limits: What one picture may cost.
     """
 
-    def __init__(self, lake_uri: str, inputs: dict[str, TeacherInput], todo: dict[int, tuple[str, ...]]) -> None:
+    def __init__(
+        self,
+        lake_uri: str,
+        inputs: dict[str, TeacherInput],
+        todo: dict[int, tuple[str, ...]],
+        views: ViewsConfig | None = None,
+        decode: Literal["exact", "scaled"] = "exact",
+        limits: DecodeLimits | None = None,
+    ) -> None:
         self.lake = Lake(lake_uri)
         self.inputs = inputs
         self.todo = todo
+        self.views = views or ViewsConfig()
+        self.decode = decode
+        self.limits = limits or DecodeLimits()
 
     def __call__(self, batch: dict[str, Any]) -> pa.Table:
         """Prepare the one shard named in the batch."""
@@ -66,20 +122,37 @@ class Prepare:
         return self.prepare(int(index))
 
     def prepare(self, index: int) -> pa.Table:
-        """Prepared table of one shard: shard, sample_id, image_error, then pixel and token columns."""
+        """Prepared table of one shard: shard, sample_id, image_error, then pixel, view and token columns."""
+        started = time.monotonic()
         needed = [self.inputs[name] for name in self.todo[index]]
-        pairs = self.lake.read_pairs(index, ["sample_id", "image", "captions"])
+        with_images = [item for item in needed if item.description.image_dim]
+        pairs = self.lake.read_pairs(index, ["sample_id", *(["image"] if with_images else []), "captions"])
         columns: dict[str, pa.Array] = {
             "shard": pa.array(np.full(pairs.num_rows, index, np.int32)),
             "sample_id": pairs["sample_id"].combine_chunks(),
         }
-        geometries = {item.pixels: item.description.geometry for item in needed if item.description.image_dim}
-        columns.update(prepare_images(pairs["image"], geometries))
+        if with_images:
+            columns.update(self._decode(pairs, {item.pixels: item.description.geometry for item in with_images}))
+        else:
+            columns["image_error"] = pa.nulls(pairs.num_rows, pa.string())
         captions = pairs["captions"].to_pylist()
         for item in needed:
             if item.description.text_dim and item.tokens not in columns:
                 columns.update(self._tokenise(item, captions))
-        return pa.table(columns)
+        return pa.table(columns).replace_schema_metadata({SECONDS: f"{time.monotonic() - started:.3f}"})
+
+    def _decode(self, pairs: pa.Table, geometries: dict[str, Geometry]) -> dict[str, pa.Array]:
+        boxes = None
+        if self.views.count:
+            settings = (self.views.count, self.views.least_area, self.views.seed)
+            ids = pairs["sample_id"].to_pylist()
+            boxes = np.stack([view_boxes(sample_id, *settings) for sample_id in ids])
+        if self.limits not in _DECODERS:
+            _DECODERS[self.limits] = PictureDecoder(self.limits)
+        decoder = _DECODERS[self.limits]
+        distinct = list(geometries.values())
+        least_side = scaled_side(distinct, self.views) if self.decode == "scaled" else None
+        return prepare_images(decoder, pairs["image"], distinct, boxes, least_side)
 
     def _tokenise(self, item: TeacherInput, captions: list[list[str]]) -> dict[str, pa.Array]:
         if item.tokens not in _TOKENIZERS:
@@ -96,25 +169,40 @@ class Prepare:
         }
 
 
-def prepare_images(images: Iterable[pa.Scalar], geometries: dict[str, Geometry]) -> dict[str, pa.Array]:
+def scaled_side(geometries: Sequence[Geometry], views: ViewsConfig) -> int:
+    """Pixels that both sides of a JPEG must keep when it is decoded at a fraction of its size."""
+    side = SCALED_MARGIN * max(max(geometry.size, geometry.resize_to or 0) for geometry in geometries)
+    # A crop of a quarter of the area has half the side: it must keep as many pixels as the whole would.
+    return int(np.ceil(side / views.least_area**0.5)) if views.count else side
+
+
+def prepare_images(
+    decoder: PictureDecoder,
+    images: pa.ChunkedArray,
+    geometries: Sequence[Geometry],
+    boxes: np.ndarray | None = None,
+    least_side: int | None = None,
+) -> dict[str, pa.Array]:
     """Decode each image once and fit it to every distinct geometry.
 
     Returns:
-        ``image_error`` (null where the image decoded) and one uint8 column per geometry; a failed row is black.
+        ``image_error`` (null where the image decoded) and one uint8 column per geometry; a failed row is black. With
+        ``boxes``, ``view_boxes`` and one list column of views per geometry too.
     """
-    encoded = [image.as_buffer() for image in images]
-    errors: list[str | None] = [None] * len(encoded)
-    pixels = {name: np.zeros((len(encoded), g.size, g.size, g.channels), np.uint8) for name, g in geometries.items()}
-    for row, data in enumerate(encoded if geometries else ()):
-        try:
-            image = decode_rgb(data.to_pybytes())
-        except UndecodableImageError as error:
-            errors[row] = f"{error.reason}: {error.detail}"
-            continue
-        for name, geometry in geometries.items():
-            pixels[name][row] = fit(image, geometry)
-    flat = {name: fixed_rows(array.reshape(len(encoded), -1)) for name, array in pixels.items()}
-    return {"image_error": pa.array(errors, pa.string()), **flat}
+    decoded = decoder.decode(images, geometries, boxes, least_side)
+    rows = len(images)
+    errors = [": ".join(decoded.errors[row]) if row in decoded.errors else None for row in range(rows)]
+    columns: dict[str, pa.Array] = {"image_error": pa.array(errors, pa.string())}
+    for geometry in geometries:
+        columns[pixel_column(geometry)] = fixed_rows(decoded.pixels[geometry.key].reshape(rows, -1))
+    if boxes is not None:
+        views = boxes.shape[1]
+        offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * views)
+        columns[VIEW_BOXES] = pa.ListArray.from_arrays(offsets, fixed_rows(boxes.reshape(-1, 4)))
+        for geometry in geometries:
+            flat = decoded.view_pixels[geometry.key].reshape(rows * views, -1)
+            columns[f"view_{pixel_column(geometry)}"] = pa.ListArray.from_arrays(offsets, fixed_rows(flat))
+    return columns
 
 
 def fixed_rows(array_NK: np.ndarray) -> pa.FixedSizeListArray:

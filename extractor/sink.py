@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
 
 from common.config import fingerprint
-from common.errors import LakeError, SchemaError, StorageError
+from common.errors import LakeError
 from common.lake import Lake, shard_name
+from common.listing import Place
 from common.logs import logger
 from common.schemas import REJECTS, SCHEMA_VERSION
-
-# Listing is one request; footers are one small read each, so many at a time.
-FOOTER_THREADS = 16
+from common.shard_files import CONTENT, FINGERPRINT, SAMPLES, is_pack
+from extractor.tending.integrity import Expected, Fault, check_file, content_hash, samples_hash
+from extractor.tending.ledger import Pairs, ValidShard, in_threads, read_valid, write_valid
 
 
 def rejects_folder(teacher: str) -> str:
@@ -41,7 +41,21 @@ def write_features(
         lake.storage.write_table(name, _rejects_table(teacher, rejects))
     else:
         lake.storage.remove(name)  # of an earlier attempt that failed where this one did not
-    metadata = {"mmkd.fingerprint": fingerprint(identity), "mmkd.schema_version": str(SCHEMA_VERSION)}
+    return write_single(lake, teacher, index, features, identity)
+
+
+def write_single(lake: Lake, teacher: str, index: int, features: pa.Table, identity: Mapping[str, Any]) -> int:
+    """Write one shard's embeddings as a file of its own, with its producer and its hashes in the footer.
+
+    Returns:
+        Bytes written.
+    """
+    metadata = {
+        FINGERPRINT: fingerprint(identity),
+        "mmkd.schema_version": str(SCHEMA_VERSION),
+        SAMPLES: samples_hash(features["sample_id"]),
+        CONTENT: content_hash(features),
+    }
     return lake.storage.write_table(f"{lake.features_folder(teacher)}/{shard_name(index)}", features, metadata)
 
 
@@ -61,51 +75,117 @@ def _rejects_table(teacher: str, rejects: list[tuple[str, str, str]]) -> pa.Tabl
     return pa.Table.from_pylist(rows, schema=REJECTS)
 
 
-def pair_rows(lake: Lake) -> dict[int, int]:
-    """Shard -> number of pairs, from the files' footers."""
-    shards = lake.shards()
-    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        counts = pool.map(lambda index: lake.storage.read_metadata(f"pairs/{shard_name(index)}")[0], shards)
-        return dict(zip(shards, counts, strict=True))
-
-
-def valid_shards(lake: Lake, teacher: str, rows: dict[int, int], identity: dict[str, Any]) -> set[int]:
-    """Shards of a teacher that need not be computed again.
-
-    A file counts when it opens, has as many rows as its pairs and carries the fingerprint; any other is
-    computed again, with a line in the log.
-    """
-    folder, wanted = lake.features_folder(teacher), fingerprint(identity)
-
-    def is_valid(index: int) -> bool:
-        name = f"{folder}/{shard_name(index)}"
-        try:
-            found, metadata = lake.storage.read_metadata(name)
-        except (StorageError, SchemaError) as error:
-            logger.warning("%s is not readable and will be computed again: %s", name, error)
-            return False
-        if found != rows[index] or metadata.get("mmkd.fingerprint") != wanted:
-            logger.warning(
-                "%s has %d rows (pairs: %d) or another fingerprint; computed again", name, found, rows[index]
-            )
-            return False
-        return True
-
-    present = [index for index in lake.shards(folder) if index in rows]
-    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        return {index for index, good in zip(present, pool.map(is_valid, present), strict=True) if good}
-
-
-def check_no_orphans(lake: Lake, teachers: Iterable[str], rows: dict[int, int]) -> None:
-    """Insist that no teacher has shards the pairs do not.
+def survey_pairs(lake: Lake) -> Pairs:
+    """The pairs' shards with their rows and marks: one listing, and a look into the files that are new since the last.
 
     Raises:
-        LakeError: The pairs were ingested anew beneath existing embeddings.
+        LakeError: A pairs file cannot be read.
     """
-    for teacher in teachers:
-        orphans = [index for index in lake.shards(lake.features_folder(teacher)) if index not in rows]
-        if orphans:
-            raise LakeError(
-                f"{lake.uri}/{lake.features_folder(teacher)} has shards {orphans[:5]} that the pairs do not have. "
-                "The pairs were replaced after extraction; delete that folder and run extract again."
-            )
+    pairs = Pairs(lake)
+    pairs.require()
+    pairs.save()
+    return pairs
+
+
+def find_valid(lake: Lake, teacher: str, identity: dict[str, Any], pairs: Pairs | None = None) -> set[int]:
+    """Shards of a teacher that need not be computed again.
+
+    A shard counts when its file was checked in full (:func:`extractor.tending.integrity.check_file`), now or by an
+    earlier run whose ledger still names the file and its pairs by their present marks. A single file that does not
+    count is computed again, with a line in the log.
+
+    Args:
+        lake: The lake.
+        teacher: Name of the partition.
+        identity: Its producer, as ``teacher.json`` records it.
+        pairs: From :func:`survey_pairs`, where several teachers are looked at.
+
+    Raises:
+        LakeError: The pairs were replaced beneath existing embeddings, or a pack is damaged.
+    """
+    pairs = pairs or survey_pairs(lake)
+    places = lake.feature_places(teacher)
+    _refuse_orphans(lake, teacher, places, pairs.marks)
+    known = read_valid(lake, teacher, identity)
+    good = {index for index, place in places.items() if known.get(index) == ValidShard(*place, pairs.marks[index])}
+    faults = check_places(lake, teacher, {i: p for i, p in places.items() if i not in good}, pairs, identity)
+    good.update(index for index, fault in faults.items() if fault is None)
+    pairs.save()
+    if faults or known.keys() - places.keys():
+        write_valid(lake, teacher, identity, good, places, pairs)
+    for index, fault in faults.items():
+        if fault is not None:
+            _refuse_or_tell(lake, teacher, places[index], fault)
+    return good
+
+
+def record_valid(
+    lake: Lake, teacher: str, identity: dict[str, Any], written: Mapping[int, int], pairs: Pairs | None = None
+) -> None:
+    """Put the files that a run wrote itself into the ledger, so that the next run need not read them.
+
+    Args:
+        lake: The lake.
+        teacher: Name of the partition.
+        identity: Its producer.
+        written: Shard -> bytes, as :func:`write_features` returned them.
+        pairs: As they were when the run began.
+    """
+    pairs = pairs or survey_pairs(lake)
+    places = lake.feature_places(teacher)
+    known = read_valid(lake, teacher, identity)
+    good = {
+        index
+        for index, place in places.items()
+        if index in pairs.marks
+        and (place.mark.size == written.get(index) or known.get(index) == ValidShard(*place, pairs.marks[index]))
+    }
+    write_valid(lake, teacher, identity, good, places, pairs)
+
+
+def check_places(
+    lake: Lake, teacher: str, places: Mapping[int, Place], pairs: Pairs, identity: dict[str, Any]
+) -> dict[int, Fault | None]:
+    """Check shards in full, many files at a time; a file that is gone meanwhile is left out.
+
+    Returns:
+        Shard -> what is wrong with it, or None.
+    """
+    expected = pairs.expected(places)
+    files: dict[Place, dict[int, Expected]] = {}
+    for index, place in places.items():
+        files.setdefault(place, {})[index] = expected[index]
+    folder = lake.features_folder(teacher)
+
+    def check(item: tuple[Place, dict[int, Expected]]) -> dict[int, Fault | None]:
+        try:
+            return check_file(lake.storage, folder, *item, identity)
+        except FileNotFoundError:
+            return {}
+
+    return {index: fault for found in in_threads(check, files.items()) for index, fault in found.items()}
+
+
+def _refuse_or_tell(lake: Lake, teacher: str, place: Place, fault: Fault) -> None:
+    where = f"{lake.uri}/{lake.features_folder(teacher)}/{place.name}"
+    if fault.other_samples:
+        raise LakeError(
+            f"{where} is whole, but {fault.sentence}. The pairs were replaced after extraction, or the file was moved; "
+            f"nothing was computed. Put the pairs back, or remove such files with `mmkd verify {lake.uri} --repair` "
+            "and extract again."
+        )
+    if is_pack(place.name):
+        raise LakeError(
+            f"{where} is a pack of shards and damaged: {fault.sentence}. Run `mmkd verify {lake.uri} --repair`, which "
+            "takes its good shards out of it; extract then computes only the others."
+        )
+    logger.warning("%s will be computed again: %s", where, fault.sentence)
+
+
+def _refuse_orphans(lake: Lake, teacher: str, shards: Iterable[int], known: Iterable[int]) -> None:
+    orphans = sorted(set(shards) - set(known))
+    if orphans:
+        raise LakeError(
+            f"{lake.uri}/{lake.features_folder(teacher)} has shards {orphans[:5]} that the pairs do not have. "
+            "The pairs were replaced after extraction; delete that folder and run extract again."
+        )

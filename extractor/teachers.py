@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,24 +16,23 @@ from common.config import differing_keys
 from common.errors import ModelError
 from common.models.load import load_model
 from common.schemas import features_schema
-from extractor.prepare import TeacherInput, rows_of
+from extractor.events import EmbedFacts
+from extractor.passes import MicroBatches
+from extractor.prepare import SECONDS, VIEW_BOXES, TeacherInput, restrict_like, rows_of
 
-_AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Unit vectors rounded to half precision and stored as float32 compress to half the size and open everywhere.
-STORED_PRECISION = "float16"
+AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LEAST_SPREAD = 1e-3
+"""Unit vectors of different inputs that differ by less in every dimension come from a broken tower."""
+FEW_INPUTS = 8
+"""So few inputs never prove a tower constant."""
 
 
-@dataclass
-class Embedded:
-    """One shard through one teacher."""
+class Embedded(NamedTuple):
+    """One shard through one teacher; the two travel apart, since the facts are small."""
 
+    facts: EmbedFacts
     features: pa.Table
     """Schema :func:`common.schemas.features_schema`, row-aligned with the pairs."""
-    rejects: list[tuple[str, str, str]] = field(default_factory=list)
-    """(sample id, reason, detail) of each row that has a null where a vector should be."""
-    seconds: float = 0.0
-    forwards: int = 0
-    """Micro-batches that went through a tower."""
 
 
 class Teacher:
@@ -39,108 +40,143 @@ class Teacher:
 
     Args:
         teacher: Which model, and what its files say.
-        device: Such as ``cpu`` or ``cuda``.
+        device: Such as ``cpu`` or ``cuda``; ``auto`` takes the GPU that this process may see, if there is one.
         micro_batch: Rows per forward pass. The last one is padded, so every forward has the same shape and a
             sample's embedding does not depend on its neighbours.
         threads: torch threads on a CPU; 0 leaves torch's choice.
+
+    Raises:
+        ModelError: The model does not load, or is another one than the run was planned with.
     """
 
-    def __init__(self, teacher: TeacherInput, device: str = "cpu", micro_batch: int = 64, threads: int = 0) -> None:
+    def __init__(self, teacher: TeacherInput, device: str = "auto", micro_batch: int = 64, threads: int = 0) -> None:
         if threads:
             torch.set_num_threads(threads)
         self.teacher = teacher
-        self.device = device
-        self.micro_batch = micro_batch
-        self.model = load_model(teacher.spec).to(device)
-        differing = differing_keys(teacher.description.identity(), self.model.description.identity())
+        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.model = load_model(teacher.spec).to(self.device)
+        self.passes = MicroBatches(self.device, micro_batch, AUTOCAST[teacher.description.dtype])
+        found = restrict_like(teacher.description, self.model.description).identity()
+        differing = differing_keys(teacher.description.identity(), found)
         if differing:
             raise ModelError(
-                f"Teacher {teacher.spec.name!r} on this machine is another model than the one the run was planned "
+                f"Teacher {teacher.name!r} on this machine is another model than the one the run was planned "
                 f"with: {differing}. Pin a revision, or put the same files on every machine."
             )
-        self.forwards = 0
 
     def describe_scale(self) -> float | None:
         """The factor on cosines that the model was trained with; None for an image encoder."""
         return self.model.logit_scale
 
-    def embed(self, prepared: pa.Table) -> Embedded:
-        """Embed every picture and caption of a prepared shard.
+    def where(self) -> str:
+        """Node, device and process, such as ``10.0.0.7/cuda:2/4711``."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        device = f"cuda:{visible or 0}" if self.device.startswith("cuda") else "cpu"
+        return f"{socket.gethostname()}/{device}/{os.getpid()}"
 
-        A row whose picture did not decode, or whose vector is not finite or zero, gets a null and a reject.
+    def embed(self, prepared: pa.Table) -> Embedded:
+        """Embed every picture, view and caption of a prepared shard.
+
+        A row whose picture did not decode, that the model fails on, or whose vector is not finite or zero, gets a
+        null and a reject.
+
+        Raises:
+            ModelError: The model gives different inputs one and the same vector.
         """
-        started, before = time.monotonic(), self.forwards
+        started, before = time.monotonic(), self.passes.count
         description, rows = self.teacher.description, prepared.num_rows
-        result = Embedded(pa.table({}))
-        ids = prepared["sample_id"].to_pylist()
-        schema = features_schema(description.image_dim, description.text_dim)
-        columns = {"sample_id": prepared["sample_id"].combine_chunks()}
+        seconds = (prepared.schema.metadata or {}).get(SECONDS, b"0")
+        facts = EmbedFacts(prepared["shard"][0].as_py(), rows, started_at=time.time(), prepare_seconds=float(seconds))
+        has_views = VIEW_BOXES in prepared.column_names and bool(description.image_dim)
+        schema = features_schema(description.image_dim, description.text_dim, has_views)
+        columns: dict[str, pa.Array] = {"sample_id": prepared["sample_id"].combine_chunks()}
         columns["image_embedding"], columns["image_norm"] = _absent(rows)
         columns["text_embedding"], columns["text_norm"] = _absent(rows)
         columns["extra_text_embeddings"] = pa.nulls(rows, schema.field("extra_text_embeddings").type)
         if description.image_dim:
-            vectors, norms = self._images(prepared)
-            errors = prepared["image_error"].to_pylist()
-            good = np.isfinite(norms) & (norms > 0) & np.array([error is None for error in errors], bool)
-            columns["image_embedding"], columns["image_norm"] = (
-                _column(vectors, good),
-                pa.array(norms, mask=~good),
-            )
-            for row in np.flatnonzero(~good):
-                reason = "image not decodable" if errors[row] else "image embedding not finite"
-                result.rejects.append((ids[row], reason, errors[row] or f"norm {norms[row]}"))
+            columns.update(self._images(prepared, facts))
+            if has_views:
+                columns.update(self._views(prepared, facts))
         if description.text_dim:
-            main, extra = (
-                rows_of(prepared[self.teacher.tokens]),
-                prepared[self.teacher.extra_tokens].combine_chunks(),
-            )
-            vectors, norms = self._texts(np.concatenate([main, rows_of(extra.flatten())]))
-            good = np.isfinite(norms) & (norms > 0)
-            columns["text_embedding"] = _column(vectors[:rows], good[:rows])
-            columns["text_norm"] = pa.array(norms[:rows], mask=~good[:rows])
-            columns["extra_text_embeddings"] = pa.ListArray.from_arrays(
-                extra.offsets, _column(vectors[rows:], good[rows:])
-            )
-            for row in np.flatnonzero(~good[:rows]):
-                result.rejects.append((ids[row], "text embedding not finite", f"norm {norms[row]}"))
-        result.features = pa.table(columns, schema=schema)
-        result.seconds, result.forwards = time.monotonic() - started, self.forwards - before
-        return result
+            columns.update(self._texts(prepared, facts))
+        facts.seconds, facts.forwards = time.monotonic() - started, self.passes.count - before
+        facts.micro_batch, facts.device = self.passes.rows, self.where()
+        return Embedded(facts, pa.table(columns, schema=schema))
 
-    def _images(self, prepared: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-        geometry = self.teacher.description.geometry
-        pixels = rows_of(prepared[self.teacher.pixels]).reshape(-1, geometry.size, geometry.size, geometry.channels)
-        return self._run(self.model.encode_image, pixels, self.teacher.description.image_dim or 1)
+    def _images(self, prepared: pa.Table, facts: EmbedFacts) -> dict[str, pa.Array]:
+        errors = prepared["image_error"].to_pylist()
+        decoded = np.array([error is None for error in errors], bool)
+        pixels = self._square(rows_of(prepared[self.teacher.pixels]))
+        vectors, norms, failures = self._run(self.model.encode_image, pixels, self.teacher.description.image_dim)
+        good = _usable(norms) & decoded
+        self._insist_on_spread("image", vectors[good], pixels[good])
+        for row in np.flatnonzero(~good):
+            if not decoded[row]:
+                reason, detail = "image not decodable", errors[row]
+            else:
+                reason, detail = _why("image", norms[row], failures.get(int(row)))
+            facts.rejects.append((prepared["sample_id"][row].as_py(), reason, detail))
+        return {"image_embedding": _column(vectors, good), "image_norm": pa.array(norms, mask=~good)}
 
-    def _texts(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _views(self, prepared: pa.Table, facts: EmbedFacts) -> dict[str, pa.Array]:
+        boxes = prepared[VIEW_BOXES].combine_chunks()
+        pixels = self._square(rows_of(prepared[self.teacher.view_pixels].combine_chunks().flatten()))
+        vectors, norms, _ = self._run(self.model.encode_image, pixels, self.teacher.description.image_dim)
+        views = len(pixels) // max(prepared.num_rows, 1)
+        failed = np.array([error is not None for error in prepared["image_error"].to_pylist()], bool)
+        good = _usable(norms) & ~np.repeat(failed, views)
+        return {
+            "view_boxes": boxes,
+            "view_embeddings": pa.ListArray.from_arrays(boxes.offsets, _column(vectors, good)),
+        }
+
+    def _texts(self, prepared: pa.Table, facts: EmbedFacts) -> dict[str, pa.Array]:
+        rows = prepared.num_rows
+        extra = prepared[self.teacher.extra_tokens].combine_chunks()
+        tokens = np.concatenate([rows_of(prepared[self.teacher.tokens]), rows_of(extra.flatten())])
         # Generic captions repeat a lot; each distinct one goes through the tower once.
         distinct, back = np.unique(tokens, axis=0, return_inverse=True)
-        vectors, norms = self._run(self.model.encode_text, distinct, self.teacher.description.text_dim or 1)
-        return vectors[back], norms[back]
+        vectors, norms, failures = self._run(self.model.encode_text, distinct, self.teacher.description.text_dim)
+        self._insist_on_spread("text", vectors[_usable(norms)], distinct[_usable(norms)])
+        vectors, norms = vectors[back], norms[back]
+        good = _usable(norms)
+        for row in np.flatnonzero(~good[:rows]):
+            reason, detail = _why("text", norms[row], failures.get(int(back[row])))
+            facts.rejects.append((prepared["sample_id"][row].as_py(), reason, detail))
+        return {
+            "text_embedding": _column(vectors[:rows], good[:rows]),
+            "text_norm": pa.array(norms[:rows], mask=~good[:rows]),
+            "extra_text_embeddings": pa.ListArray.from_arrays(extra.offsets, _column(vectors[rows:], good[rows:])),
+        }
 
-    @torch.inference_mode()
+    def _square(self, flat_NK: np.ndarray) -> np.ndarray:
+        geometry = self.teacher.description.geometry
+        return flat_NK.reshape(-1, geometry.size, geometry.size, geometry.channels)
+
     def _run(
-        self, tower: Callable[[torch.Tensor], torch.Tensor], inputs: np.ndarray, dim: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Normalised float32 [N, D] rounded to half precision, and the norms [N] before normalisation."""
-        vectors = np.empty((len(inputs), dim), np.float32)
-        norms = np.empty(len(inputs), np.float32)
-        on_gpu = self.device.startswith("cuda")
-        autocast = _AUTOCAST[self.teacher.description.dtype] if on_gpu else None
-        for start in range(0, len(inputs), self.micro_batch):
-            chunk = inputs[start : start + self.micro_batch]
-            padded = np.zeros((self.micro_batch, *inputs.shape[1:]), inputs.dtype)
-            padded[: len(chunk)] = chunk
-            batch = torch.from_numpy(padded)
-            batch = batch.pin_memory().to(self.device, non_blocking=True) if on_gpu else batch
-            with torch.autocast("cuda", dtype=autocast, enabled=autocast is not None):
-                out_BD = tower(batch).float()[: len(chunk)]
-            norm_B = out_BD.norm(dim=1)
-            unit_BD = (out_BD / norm_B.clamp_min(1e-12)[:, None]).half().float()
-            vectors[start : start + len(chunk)] = unit_BD.cpu().numpy()
-            norms[start : start + len(chunk)] = norm_B.cpu().numpy()
-            self.forwards += 1
-        return vectors, norms
+        self, tower: Callable[[torch.Tensor], torch.Tensor], inputs: np.ndarray, dim: int | None
+    ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+        assert dim is not None, "the caller looked"
+        return self.passes.run(tower, inputs, dim)
+
+    def _insist_on_spread(self, tower: str, vectors: np.ndarray, inputs: np.ndarray) -> None:
+        if len(vectors) < FEW_INPUTS or np.ptp(vectors, axis=0).max() >= LEAST_SPREAD:
+            return
+        if (inputs != inputs[0]).any():
+            raise ModelError(
+                f"the {tower} tower gives {len(vectors)} different inputs one and the same vector (no dimension "
+                f"differs by {LEAST_SPREAD:g}); its weights are broken or were loaded into the wrong architecture"
+            )
+
+
+def _usable(norms: np.ndarray) -> np.ndarray:
+    return np.isfinite(norms) & (norms > 0)
+
+
+def _why(tower: str, norm: float, failure: str | None) -> tuple[str, str]:
+    if failure is not None:
+        return f"{tower} tower failed", failure
+    return f"{tower} embedding not finite", f"norm {norm}"
 
 
 def _column(vectors: np.ndarray, good: np.ndarray) -> pa.FixedSizeListArray:

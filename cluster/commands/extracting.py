@@ -75,6 +75,14 @@ def extract(
         ),
     ] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Pictures per forward pass.")] = None,
+    towers: Annotated[str | None, typer.Option(help="both, image or text: what is embedded.")] = None,
+    views: Annotated[int | None, typer.Option(help="Augmented crops stored per picture, with their places.")] = None,
+    teacher_version: Annotated[
+        str | None, typer.Option(help="Keep what the teachers give now beside what is there, as NAME.VERSION.")
+    ] = None,
+    gpus: Annotated[
+        str | None, typer.Option(help="auto: measure the teachers and split the GPUs by what `mmkd plan` finds.")
+    ] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
     print_config: PrintConfig = False,
@@ -83,15 +91,19 @@ def extract(
 
     Example: mmkd extract ./lake --teachers biomedclip,plip,mine=./my-clip-folder
     """
+    nested = {"views.count": views, "hardware.gpus": gpus}
+    named = [f"{key}={value}" for key, value in nested.items() if value is not None]
     settings = load_config(
         ExtractConfig,
         config,
-        overrides or (),
+        [*named, *(overrides or ())],
         teachers=split_names(teachers),
         catalog=catalog,
         store=store,
         accept_terms=split_names(accept_terms),
         micro_batch=micro_batch,
+        towers=towers,
+        teacher_version=teacher_version,
     )
     if print_config:
         show_config(settings)

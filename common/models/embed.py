@@ -43,12 +43,24 @@ def embed_texts(model: DualEncoder, captions: Sequence[str]) -> np.ndarray:
 
 
 @torch.inference_mode()
-def run_tower(tower: Callable[[torch.Tensor], torch.Tensor], inputs: np.ndarray) -> np.ndarray:
-    """Inputs [N, ...] through a tower in passes of one shape -> unit vectors, float32 [N, D]."""
+def run_tower(
+    tower: Callable[[torch.Tensor], torch.Tensor], inputs: np.ndarray, rows: int = MICRO_BATCH, device: str = "cpu"
+) -> np.ndarray:
+    """At least one input through a tower, in passes of one shape.
+
+    Args:
+        tower: ``encode_image`` or ``encode_text`` of a model that lies on ``device``.
+        inputs: [N, ...].
+        rows: Of every pass.
+        device: Where the model lies.
+
+    Returns:
+        Unit vectors, float32 [N, D].
+    """
     parts = []
-    for start in range(0, len(inputs), MICRO_BATCH):
-        chunk = inputs[start : start + MICRO_BATCH]
-        padded = np.zeros((MICRO_BATCH, *inputs.shape[1:]), inputs.dtype)
+    for start in range(0, len(inputs), rows):
+        chunk = inputs[start : start + rows]
+        padded = np.zeros((rows, *inputs.shape[1:]), inputs.dtype)
         padded[: len(chunk)] = chunk
-        parts.append(tower(torch.from_numpy(padded))[: len(chunk)].float())
+        parts.append(tower(torch.from_numpy(padded).to(device))[: len(chunk)].float())
     return torch.nn.functional.normalize(torch.cat(parts), dim=1).cpu().numpy()

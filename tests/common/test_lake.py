@@ -53,6 +53,33 @@ def test_stray_files_are_not_shards(make_lake, tmp_path):
     assert shard_name(7) == "shard-000007.parquet"
 
 
+def test_packs_are_seen_through_among_embeddings_only(make_lake, tmp_path):
+    lake = make_lake(tmp_path / "lake", rows=24, shard_rows=8)
+    for folder in ("pairs", "features/teacher=t"):
+        lake.storage.write_bytes(f"{folder}/shards-000003-000005.parquet", b"x")
+    lake.storage.write_bytes("features/teacher=t/shard-000004.parquet", b"xy")
+    assert lake.shards() == lake.files("pairs") == [0, 1, 2]
+    assert list(lake.pair_marks()) == [0, 1, 2]
+    assert lake.shards("features/teacher=t") == [3, 4, 5]
+    places = lake.feature_places("t")
+    assert [place.name for place in places.values()] == [
+        "shards-000003-000005.parquet",
+        "shard-000004.parquet",
+        "shards-000003-000005.parquet",
+    ]
+    assert places[4].mark.size == 2
+
+
+def test_embeddings_written_after_a_look_are_read(make_lake, s3):
+    lake = make_lake(f"{s3}/lake", rows=4)
+    with pytest.raises(FileNotFoundError):
+        lake.read_features("t", 0)
+    assert lake.shards("features/teacher=t") == []
+    table = pa.table({"sample_id": ["a"]})
+    open_lake(lake.uri).storage.write_table("features/teacher=t/shard-000000.parquet", table)
+    assert lake.read_features("t", 0).equals(table)
+
+
 def test_a_partition_belongs_to_its_first_producer(tmp_path):
     lake = create_lake(str(tmp_path), 8)
     first = {"weights": "aa", "size": {"side": 224}}
@@ -86,6 +113,7 @@ def test_pairs_of_an_unfinished_ingest_do_not_count(make_lake, tmp_path):
     lake.storage.write_bytes("ingest/killed/part-000000.json", b"{}")
     assert lake.shards() == [0]
     assert lake.files("pairs") == [0, 1, 2]
+    assert list(lake.pair_marks()) == [0]
 
 
 def test_a_relative_lake_is_made_absolute_and_refused_in_a_submitted_job(make_lake, tmp_path, monkeypatch):

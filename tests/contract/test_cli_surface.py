@@ -16,7 +16,24 @@ COMMON = {"--config", "--set", "--print-config"}
 SURFACE = {
     "demo": {"--lake", "--pairs", "--teachers", "--catalog", "--seed"} | COMMON,
     "ingest": {"--format", "--image-column", "--caption-column", "--max-side"} | COMMON,
-    "extract": {"--teachers", "--catalog", "--store", "--accept-terms", "--micro-batch"} | COMMON,
+    "plan": {
+        "--teachers",
+        "--catalog",
+        "--store",
+        "--gpus",
+        "--cpus",
+        "--cluster",
+        "--price",
+        "--rate",
+        "--decode-rate",
+    }
+    | {"--share", "--fresh", "--micro-batch", "--json", "--config", "--set"},
+    "extract": {"--teachers", "--catalog", "--store", "--accept-terms", "--micro-batch", "--towers", "--views"}
+    | {"--teacher-version", "--gpus"}
+    | COMMON,
+    "inspect": {"--teachers", "--sample", "--out", "--json"},
+    "verify": {"--teachers", "--repair", "--pairs"},
+    "compact": {"--teachers", "--target-mib"},
     "select": {"--teachers"} | COMMON,
     "train stage1": {"--run", "--epochs"} | COMMON,
     "train stage2": {"--init", "--run", "--teachers", "--epochs"} | COMMON,

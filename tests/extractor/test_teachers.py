@@ -3,9 +3,14 @@ import pyarrow as pa
 import pytest
 import torch
 
+from common.errors import ModelError
+from common.images import decode_rgb, fit
 from common.models.load import describe_model, find_spec
 from common.schemas import check_table, features_schema
-from extractor.prepare import Prepare, TeacherInput, fixed_rows, rows_of
+from common.views import cut_view
+from extractor.config import ViewsConfig
+from extractor.decoding import PictureDecoder
+from extractor.prepare import Prepare, TeacherInput, fixed_rows, restrict, rows_of
 from extractor.teachers import Teacher
 
 
@@ -48,13 +53,16 @@ def test_equal_geometries_and_tokenizers_share_one_column(make_lake, tmp_path, f
 
 
 def test_each_image_is_decoded_once_whatever_the_number_of_teachers(make_lake, tmp_path, folders, monkeypatch):
-    import extractor.prepare as module
+    asked = []
+    real = PictureDecoder.decode
 
-    decoded = []
-    real = module.decode_rgb
-    monkeypatch.setattr(module, "decode_rgb", lambda data: decoded.append(1) or real(data))
+    def count(self, encoded, geometries, *more):
+        asked.append((len(encoded), len(geometries)))
+        return real(self, encoded, geometries, *more)
+
+    monkeypatch.setattr(PictureDecoder, "decode", count)
     prepare_shard(make_lake(tmp_path / "lake", rows=6), folders)
-    assert len(decoded) == 6
+    assert asked == [(6, 3)]  # four teachers, three geometries
 
 
 def test_only_the_missing_teachers_are_prepared_for(make_lake, tmp_path, folders):
@@ -115,7 +123,7 @@ def test_shards_larger_than_the_micro_batch_are_embedded_whole(make_lake, tmp_pa
     table = prepare_shard(lake, folders)
     whole = Teacher(teacher_input(folders["a"]), micro_batch=64).embed(table)
     pieces = Teacher(teacher_input(folders["a"]), micro_batch=3).embed(table)
-    assert (whole.forwards, whole.features.num_rows, pieces.features.num_rows) == (2, 11, 11)
+    assert (whole.facts.forwards, whole.features.num_rows, pieces.features.num_rows) == (2, 11, 11)
     np.testing.assert_allclose(
         vectors(whole.features["image_embedding"]), vectors(pieces.features["image_embedding"]), atol=1e-3
     )
@@ -146,7 +154,7 @@ def test_equal_captions_go_through_the_tower_once(make_lake, tmp_path, folders):
     same = rows_of(table[item.tokens])[:1].repeat(8, axis=0)
     table = table.set_column(table.column_names.index(item.tokens), item.tokens, fixed_rows(same))
     embedded = Teacher(item, micro_batch=1).embed(table)
-    assert embedded.forwards == 8 + 1  # pictures, and the one caption
+    assert embedded.facts.forwards == 8 + 1  # pictures, and the one caption
     assert len(set(map(tuple, embedded.features["text_embedding"].to_pylist()))) == 1
 
 
@@ -161,7 +169,7 @@ def test_a_damaged_image_is_a_null_and_a_reject_and_its_text_survives(make_lake,
         False,
     ]
     assert embedded.features["text_embedding"].null_count == 0
-    ((sample_id, reason, detail),) = embedded.rejects
+    ((sample_id, reason, detail),) = embedded.facts.rejects
     assert (sample_id, reason) == (lake.read_pairs(0)["sample_id"][2].as_py(), "image not decodable")
     assert "not an image" in detail
 
@@ -171,5 +179,89 @@ def test_a_teacher_that_yields_nan_rejects_its_rows(make_lake, tmp_path, folders
     with torch.no_grad():
         teacher.model.model.visual.proj.fill_(float("nan"))
     embedded = teacher.embed(prepare_shard(make_lake(tmp_path / "lake", rows=3), folders))
-    assert [reason for _, reason, _ in embedded.rejects] == ["image embedding not finite"] * 3
+    assert [reason for _, reason, _ in embedded.facts.rejects] == ["image embedding not finite"] * 3
     assert embedded.features["image_embedding"].null_count == 3
+
+
+def test_a_teacher_whose_vectors_are_all_the_same_is_refused(make_lake, tmp_path, folders):
+    teacher = Teacher(teacher_input(folders["a"]))
+    with torch.no_grad():
+        teacher.model.model.visual.proj.zero_()
+        teacher.model.model.visual.ln_post.weight.zero_()
+        teacher.model.model.visual.ln_post.bias.fill_(1.0)
+        teacher.model.model.visual.proj.fill_(0.5)
+    table = prepare_shard(make_lake(tmp_path / "lake", rows=9, shard_rows=9), folders)
+    with pytest.raises(ModelError, match="the image tower gives 9 different inputs one and the same vector"):
+        teacher.embed(table)
+    teacher.embed(table.slice(0, 7))  # too few to prove anything
+
+
+def test_equal_pictures_may_have_equal_vectors(make_lake, tmp_path, folders):
+    table = prepare_shard(make_lake(tmp_path / "lake", rows=9, shard_rows=9), folders)
+    item = teacher_input(folders["a"])
+    same = rows_of(table[item.pixels])[:1].repeat(9, axis=0)
+    table = table.set_column(table.column_names.index(item.pixels), item.pixels, fixed_rows(same))
+    assert Teacher(item).embed(table).features["image_embedding"].null_count == 0
+
+
+def test_a_row_the_model_fails_on_is_a_reject_with_its_reason(make_lake, tmp_path, folders):
+    table = prepare_shard(make_lake(tmp_path / "lake", rows=6), folders)
+    item = teacher_input(folders["a"])
+    undisturbed = Teacher(item, micro_batch=4).embed(table)
+    teacher = Teacher(item, micro_batch=4)
+    poison = torch.from_numpy(rows_of(table[item.pixels])[2].copy()).reshape(32, 32, 3)
+    real = teacher.model.encode_image
+
+    def fails_on_one_picture(pixels_BHWC):
+        if (pixels_BHWC == poison).flatten(1).all(1).any():
+            raise ValueError("this picture is not to my taste")
+        return real(pixels_BHWC)
+
+    teacher.model.encode_image = fails_on_one_picture
+    embedded = teacher.embed(table)
+    ((sample_id, reason, detail),) = embedded.facts.rejects
+    assert (sample_id, reason) == (table["sample_id"][2].as_py(), "image tower failed")
+    assert detail == "ValueError: this picture is not to my taste"
+    expected = undisturbed.features["image_embedding"].to_pylist()
+    assert embedded.features["image_embedding"].to_pylist() == [*expected[:2], None, *expected[3:]]
+    assert embedded.features["text_embedding"].equals(undisturbed.features["text_embedding"])
+
+
+@pytest.mark.parametrize(("towers", "absent"), [("image", "text_embedding"), ("text", "image_embedding")])
+def test_one_tower_alone_leaves_the_other_null(make_lake, tmp_path, folders, towers, absent):
+    lake = make_lake(tmp_path / "lake", rows=4, damaged=(1,))
+    spec = find_spec(str(folders["a"]), {})
+    item = TeacherInput(spec, restrict(describe_model(spec), towers))
+    table = Prepare(lake.uri, {"a": item}, {0: ("a",)}).prepare(0)
+    assert (item.pixels in table.column_names, item.tokens in table.column_names) == (
+        towers == "image",
+        towers == "text",
+    )
+    embedded = Teacher(item).embed(table)
+    assert embedded.features[absent].null_count == 4
+    assert embedded.features["text_embedding" if towers == "text" else "image_embedding"].null_count == (
+        towers == "image"
+    )
+    assert len(embedded.facts.rejects) == (towers == "image")  # a damaged picture does not matter to captions
+
+
+def test_views_are_the_same_crops_for_every_teacher(make_lake, tmp_path, folders):
+    lake = make_lake(tmp_path / "lake", rows=4, damaged=(1,))
+    inputs = {name: teacher_input(folders[name]) for name in ("a", "wide")}
+    views = ViewsConfig(count=2, least_area=0.3, seed=7)
+    table = Prepare(lake.uri, inputs, {0: ("a", "wide")}, views).prepare(0)
+    both = {name: Teacher(item, micro_batch=4).embed(table).features for name, item in inputs.items()}
+    check_table(both["a"], features_schema(16, 16, views=True), "features")
+    assert both["a"]["view_boxes"].equals(both["wide"]["view_boxes"])
+    boxes = np.array(both["a"]["view_boxes"].to_pylist(), np.float32)
+    assert boxes.shape == (4, 2, 4)
+    for row, image in enumerate(lake.read_pairs(0)["image"]):
+        if row == 1:
+            assert both["a"]["view_embeddings"][row].as_py() == [None, None]
+            continue
+        teacher = Teacher(inputs["a"], micro_batch=1)
+        for view, box in enumerate(boxes[row]):
+            pixels = fit(cut_view(decode_rgb(image.as_py()), box), inputs["a"].description.geometry)
+            out = teacher.model.encode_image(torch.from_numpy(pixels[None])).detach()
+            expected = torch.nn.functional.normalize(out)[0].numpy()
+            np.testing.assert_allclose(both["a"]["view_embeddings"][row].as_py()[view], expected, atol=1e-3)

@@ -1,12 +1,11 @@
 import hashlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from common.errors import ClusterError, FingerprintError, ModelError
+from common.errors import FingerprintError, ModelError
 from extractor.config import ExtractConfig
-from extractor.pipeline import extract, share_gpus
+from extractor.pipeline import extract
 
 pytestmark = pytest.mark.ray
 
@@ -122,16 +121,3 @@ class TestExtract:
         for index in lake.shards():
             for teacher in ("a", "b"):
                 assert lake.read_features(teacher, index).equals(undisturbed.read_features(teacher, index))
-
-
-def test_gpus_are_shared_out_so_that_every_actor_fits():
-    assert share_gpus(0, 9, None) == 0
-    assert share_gpus(9, 9, None) == 1
-    assert share_gpus(4, 9, None) == pytest.approx(1 / 3)
-    assert np.floor(1 / share_gpus(4, 9, None)) * 4 >= 9
-    with pytest.raises(ClusterError, match="need 18 GPUs and the cluster has 8"):
-        share_gpus(8, 9, 2)
-    with pytest.raises(ClusterError, match="need 3 GPUs and the cluster has 2"):
-        share_gpus(2, 3, 0.6)
-    with pytest.raises(ClusterError, match="only whole GPUs"):
-        share_gpus(8, 2, 1.5)

@@ -64,7 +64,7 @@ def embed_data(
     progress = Progress("evaluate: pictures", data.count, "pictures")
     for samples, pixels in _prepared(data, geometries, batch_size):
         for model in models:
-            vectors[model.name].append(model.embed_images(pixels[model.description.geometry.key]))
+            vectors[model.name].append(model.embed_images(pixels[model.description.geometry.key], batch_size))
         for sample in samples:
             captions = dict.fromkeys(sample.captions[:1] if main_caption_only else sample.captions)
             columns = [caption_index.setdefault(caption, len(caption_index)) for caption in captions]

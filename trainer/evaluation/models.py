@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 
 from common.errors import EvaluateError
 from common.models.dual_encoder import DualEncoder, Tokenize
+from common.models.embed import run_tower
 from common.models.load import describe_model, find_spec, load_model, load_tokenizer
 from common.models.spec import ModelDescription, ModelSpec
 from common.storage import Storage
@@ -92,14 +92,13 @@ class LoadedModel:
         """What the model's files say."""
         return self.encoder.description
 
-    def embed_images(self, pixels_BHWC: np.ndarray) -> np.ndarray:
+    def embed_images(self, pixels_BHWC: np.ndarray, batch_size: int) -> np.ndarray:
         """Uint8 pictures of the model's geometry -> unit vectors, float32 [B, D].
 
         Raises:
             EvaluateError: The model returned something that is not a number.
         """
-        with torch.inference_mode():
-            return self._unit(self.encoder.encode_image(torch.from_numpy(pixels_BHWC).to(self.device)))
+        return self._checked(run_tower(self.encoder.encode_image, pixels_BHWC, batch_size, self.device))
 
     def embed_texts(self, texts: list[str], batch_size: int) -> np.ndarray:
         """Texts -> unit vectors, float32 [len(texts), D].
@@ -107,19 +106,15 @@ class LoadedModel:
         Raises:
             EvaluateError: The model returned something that is not a number.
         """
-        parts = [np.zeros((0, self.description.text_dim or 0), np.float32)]
-        with torch.inference_mode():
-            for start in range(0, len(texts), batch_size):
-                tokens_BL = torch.from_numpy(self.tokenize(texts[start : start + batch_size])).to(self.device)
-                parts.append(self._unit(self.encoder.encode_text(tokens_BL)))
-        return np.concatenate(parts)
+        if not texts:
+            return np.zeros((0, self.description.text_dim or 0), np.float32)
+        return self._checked(run_tower(self.encoder.encode_text, self.tokenize(texts), batch_size, self.device))
 
-    def _unit(self, features_BD: torch.Tensor) -> np.ndarray:
-        unit_BD = torch.nn.functional.normalize(features_BD.float(), dim=-1)
-        if not torch.isfinite(unit_BD).all():
+    def _checked(self, unit_BD: np.ndarray) -> np.ndarray:
+        if not np.isfinite(unit_BD).all():
             # A NaN compares as false with everything, which would look like a perfect rank.
             raise EvaluateError(f"Model {self.name!r} returns NaN or infinite embeddings; its weights are broken.")
-        return unit_BD.cpu().numpy()
+        return unit_BD
 
 
 @contextmanager

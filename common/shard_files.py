@@ -1,0 +1,190 @@
+"""Files that hold shards of embeddings: one shard each, or several side by side in a pack, a row group for each.
+
+``shard-000012.parquet`` holds shard 12. ``shards-000000-000063.parquet`` holds shards 0 to 63; its footer carries what
+the single files' footers said. Both are read here by asking the storage for exactly the bytes that are needed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from functools import lru_cache
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from common.errors import LakeError
+from common.listing import FileMark, Place
+from common.storage import Storage
+
+FINGERPRINT, SAMPLES, CONTENT, PACK = "mmkd.fingerprint", "mmkd.samples", "mmkd.content", "mmkd.pack"
+"""Keys of a footer: the producer; hashes of the sample ids and of everything; a pack's facts about its shards."""
+UNREADABLE = (OSError, ValueError, TypeError, pa.ArrowException, MemoryError)
+"""What reading raises for bytes that are not the Parquet, or the JSON in its footer, that they claim to be."""
+OPEN_FILES = 512
+"""Footers of packs that a process keeps; some 100 KB each."""
+_SINGLE = re.compile(r"^shard-(\d{6})\.parquet$")
+_PACK = re.compile(r"^shards-(\d{6})-(\d{6})\.parquet$")
+
+
+def shard_name(index: int) -> str:
+    """File name of shard ``index``, the same in every table."""
+    return f"shard-{index:06d}.parquet"
+
+
+def pack_name(first: int, last: int) -> str:
+    """File name of the pack of shards ``first`` to ``last``, both included."""
+    return f"shards-{first:06d}-{last:06d}.parquet"
+
+
+def shards_in(name: str, packed: bool = True) -> range:
+    """The shards a file holds, by its name; none for other files, and for packs unless ``packed``."""
+    single, pack = _SINGLE.match(name), _PACK.match(name) if packed else None
+    if single:
+        return range(int(single.group(1)), int(single.group(1)) + 1)
+    return range(int(pack.group(1)), int(pack.group(2)) + 1) if pack else range(0)
+
+
+def is_pack(name: str) -> bool:
+    """Whether a file's name is a pack's."""
+    return _PACK.match(name) is not None
+
+
+def locate(marks: dict[str, FileMark], packed: bool = True) -> dict[int, Place]:
+    """Shard -> the file that counts for it, ascending: its own if there is one, else the widest pack with it."""
+    places: dict[int, Place] = {}
+    for name in sorted(marks, key=lambda name: len(shards_in(name, packed))):
+        for index in shards_in(name, packed):
+            if index not in places or is_pack(places[index].name):
+                places[index] = Place(name, marks[name])
+    return dict(sorted(places.items()))
+
+
+class DamagedFileError(LakeError):
+    """A file's bytes are not what was written.
+
+    Attributes:
+        what: What is wrong, without where and what to do.
+    """
+
+    def __init__(self, storage: Storage, relative: str, what: str) -> None:
+        super().__init__(
+            f"{storage.uri}/{relative} is damaged: {what}. "
+            f"Run `mmkd verify {storage.uri} --repair`, then extract again."
+        )
+        self.what = what
+
+    def __reduce__(self) -> tuple[type[LakeError], tuple[str]]:
+        return LakeError, (str(self),)  # what a worker's exception becomes on its way to the driver
+
+
+class RangedFile(io.RawIOBase):
+    """A stored file as Arrow reads one: each read asks for exactly its range, nothing is fetched ahead."""
+
+    def __init__(self, storage: Storage, relative: str, size: int) -> None:
+        self.storage, self.relative, self.size = storage, relative, size
+        self.position = 0
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def tell(self) -> int:
+        """Bytes from the beginning."""
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a place; see :meth:`io.IOBase.seek`."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        self.position = base + offset
+        return self.position
+
+    def read(self, size: int = -1) -> bytes:
+        """Up to ``size`` bytes from here on, in one request."""
+        begin = self.position
+        end = self.size if size is None or size < 0 else min(begin + size, self.size)
+        data = b"".join(self.storage.pieces(self.relative, begin, end, end - begin)) if begin < end else b""
+        self.position += len(data)
+        return data
+
+
+class ShardFacts(NamedTuple):
+    """What a footer says of one shard; the hashes are None in files from before they were kept."""
+
+    shard: int
+    rows: int
+    samples: str | None
+    content: str | None
+
+
+class ShardFile:
+    """An opened file of embeddings: its footer is parsed, its columns are not read.
+
+    Attributes:
+        name: File name.
+        fingerprint: Of the producer; None if the file does not say.
+        facts: Shard -> what the footer says of it.
+    """
+
+    def __init__(self, storage: Storage, relative: str, size: int) -> None:
+        self.storage, self.relative, self.size = storage, relative, size
+        self.name = relative.rsplit("/", 1)[-1]
+        self.shards = shards_in(self.name)
+        try:
+            self.footer = pq.read_metadata(RangedFile(storage, relative, size))
+            said = {key.decode(): value.decode() for key, value in (self.footer.metadata or {}).items()}
+            self.fingerprint = said.get(FINGERPRINT)
+            self.facts = self._facts(said)
+        except FileNotFoundError:
+            raise
+        except UNREADABLE as error:
+            what = f"it does not open as Parquet ({_first_line(error)})"
+            raise DamagedFileError(storage, relative, what) from error
+
+    def _facts(self, said: dict[str, str]) -> dict[int, ShardFacts]:
+        if not is_pack(self.name):
+            only = ShardFacts(self.shards[0], self.footer.num_rows, said.get(SAMPLES), said.get(CONTENT))
+            return {only.shard: only}
+        facts = [ShardFacts(**item) for item in json.loads(said.get(PACK, "[]"))]
+        groups = [self.footer.row_group(group).num_rows for group in range(self.footer.num_row_groups)]
+        if [fact.shard for fact in facts] != list(self.shards) or [fact.rows for fact in facts] != groups:
+            raise ValueError("its row groups are not the shards of its name")
+        return {fact.shard: fact for fact in facts}
+
+    def read(self, index: int, columns: list[str] | None = None) -> pa.Table:
+        """One shard; of a pack, only that shard's bytes are fetched.
+
+        Raises:
+            LakeError: The bytes are damaged.
+            StorageError: They cannot be reached.
+        """
+        groups = [self.shards.index(index)] if is_pack(self.name) else list(range(self.footer.num_row_groups))
+        source = RangedFile(self.storage, self.relative, self.size)
+        try:
+            with pq.ParquetFile(source, metadata=self.footer, pre_buffer=True) as file:
+                return file.read_row_groups(groups, columns)
+        except FileNotFoundError:
+            raise
+        except UNREADABLE as error:
+            what = f"shard {index} does not read ({_first_line(error)})"
+            raise DamagedFileError(self.storage, self.relative, what) from error
+
+
+@lru_cache(OPEN_FILES)
+def open_pack(storage: Storage, relative: str, mark: FileMark) -> ShardFile:
+    """Open a pack, or give the one this process has opened already while its mark is the same.
+
+    Raises:
+        LakeError: The file is damaged.
+    """
+    return ShardFile(storage, relative, mark.size)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

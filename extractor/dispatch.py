@@ -1,0 +1,244 @@
+"""Prepared shards to every teacher at once, embeddings to files; whoever dies, each file is written once.
+
+The driver holds references, never pixels: a prepared shard lies in the object store, every teacher reads the same copy,
+and a file is encoded and stored by a small CPU task beside the embeddings.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from common.errors import LakeError, MmkdError, ModelError
+from common.logs import logger
+from extractor.events import EmbedFacts, FileDone
+from extractor.pools import Job, Seat, TeacherPool, last_line
+from extractor.writing import WriteOrder, write_file
+
+MAX_ATTEMPTS = 3
+"""A shard that so many processes of a teacher did not survive is that teacher's end."""
+FEW_REJECTS = 10
+"""So many bad rows never stop a teacher by themselves."""
+WRITER_CPUS = 0.25
+"""A writer mostly waits for storage."""
+
+
+class Dispatcher:
+    """Deals prepared shards to the pools and follows each file until it is stored. For one thread.
+
+    Args:
+        pools: The teachers.
+        order: Where files go.
+        max_reject_fraction: A teacher that rejects more of what it has seen is stopped.
+        on_note: Called with a kind and a sentence for what a report should mention.
+    """
+
+    def __init__(
+        self,
+        pools: dict[str, TeacherPool],
+        order: WriteOrder,
+        max_reject_fraction: float = 0.1,
+        on_note: Callable[[str, str], None] = lambda kind, text: None,
+    ) -> None:
+        self.pools = pools
+        self.order = order
+        self.max_reject_fraction = max_reject_fraction
+        self.on_note = on_note
+        self.unfinished: set[tuple[int, str]] = set()
+        """(shard, teacher) whose prepared table was lost with its node: to be prepared again."""
+        self._open: dict[int, set[str]] = {}
+        """Shard -> teachers that have not finished it."""
+        self._embedding: dict[Any, tuple[Job, Seat, Any]] = {}
+        self._writing: dict[Any, tuple[Job, EmbedFacts]] = {}
+        self._micro_batches: dict[str, int] = {}
+        self._write: Any = ray.remote(write_file).options(num_cpus=WRITER_CPUS, max_retries=5)
+
+    @property
+    def in_flight(self) -> int:
+        """Prepared shards that are held for a teacher that has not finished them."""
+        return len(self._open)
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Teacher -> why it cannot go on."""
+        return {name: pool.failure for name, pool in self.pools.items() if pool.failure is not None}
+
+    def submit(self, shard: int, block: Any, teachers: Iterable[str]) -> None:
+        """Give a prepared shard (a reference to it) to those of the teachers that can still work."""
+        jobs = [Job(shard, name, block) for name in teachers if self.pools[name].failure is None]
+        if jobs:
+            self._open[shard] = {job.teacher for job in jobs}
+        for job in jobs:
+            self.pools[job.teacher].queue.append(job)
+        self._seat_jobs()
+
+    def poll(self, timeout: float) -> list[FileDone]:
+        """Wait for something to happen, at most so many seconds.
+
+        Returns:
+            The files that were finished, and one record with ``error`` for each teacher that failed.
+
+        Raises:
+            StorageError: A file cannot be stored.
+            LeaseError: Another run has taken over.
+        """
+        loading = {ref: pool for pool in self.pools.values() for ref in pool.waiting}
+        references = [*loading, *self._embedding, *self._writing]
+        if not references:
+            time.sleep(timeout)
+            return []
+        ready, _ = ray.wait(references, timeout=timeout, fetch_local=False)
+        if ready:
+            ready, _ = ray.wait(references, num_returns=len(references), timeout=0, fetch_local=False)
+        events: list[FileDone] = []
+        for reference in ready:
+            if reference in loading:
+                self._seated(loading[reference], reference, events)
+            elif reference in self._embedding:
+                self._embedded(*self._embedding.pop(reference), reference, events)
+            elif reference in self._writing:
+                self._written(*self._writing.pop(reference), reference, events)
+        self._seat_jobs()
+        return events
+
+    def close(self) -> None:
+        """End all actors; files that are being written are left to their writers or never appear."""
+        for pool in self.pools.values():
+            pool.close()
+
+    def _seat_jobs(self) -> None:
+        for pool in self.pools.values():
+            while pool.queue and (seat := pool.next_seat()) is not None:
+                job = pool.queue.popleft()
+                facts, features = seat.actor.embed.options(num_returns=2).remote(job.block)
+                seat.jobs.add(job.shard)
+                self._embedding[facts] = (job, seat, features)
+
+    def _seated(self, pool: TeacherPool, reference: Any, events: list[FileDone]) -> None:
+        try:
+            pool.seated(reference)
+        except ModelError as error:
+            pool.fail(str(error))
+        if pool.failure is not None:
+            self._give_up(pool, events)
+
+    def _embedded(self, job: Job, seat: Seat, features: Any, reference: Any, events: list[FileDone]) -> None:
+        pool = self.pools[job.teacher]
+        seat.jobs.discard(job.shard)
+        if pool.failure is not None:
+            return
+        try:
+            facts: EmbedFacts = ray.get(reference)
+        except ray.exceptions.ObjectLostError:  # the prepared table went with its node
+            self.unfinished.add((job.shard, job.teacher))
+            self._close_job(job.shard, job.teacher)
+            return
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error, ModelError):
+                pool.fail(last_line(error))
+                self._give_up(pool, events)
+            else:
+                self._again(job, seat, last_line(error), events)
+            return
+        except ray.exceptions.RayError as error:
+            self._again(job, seat, f"its process died ({last_line(error)})", events)
+            return
+        if facts.shard != job.shard:
+            raise LakeError(f"A prepared table of shard {facts.shard} came where shard {job.shard} was expected.")
+        self._note_micro_batch(job.teacher, facts)
+        if (reason := self._too_many_rejects(pool, facts)) is not None:
+            pool.fail(reason)
+            self._give_up(pool, events)
+            return
+        reference = self._write.remote(self.order, job.teacher, job.shard, features, facts.rejects)
+        self._writing[reference] = (job, facts)
+
+    def _written(self, job: Job, facts: EmbedFacts, reference: Any, events: list[FileDone]) -> None:
+        try:
+            size, seconds = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error, MmkdError):
+                raise  # storage is gone, or the lake is another run's
+            self._again(job, None, last_line(error), events)
+            return
+        except ray.exceptions.RayError as error:  # the embeddings were lost with their node
+            self._again(job, None, last_line(error), events)
+            return
+        self._close_job(job.shard, job.teacher)
+        reasons = [reason for _, reason, _ in facts.rejects]
+        events.append(
+            FileDone(
+                job.shard,
+                job.teacher,
+                rows=facts.rows,
+                bytes=size,
+                forwards=facts.forwards,
+                model_seconds=facts.seconds,
+                write_seconds=seconds,
+                prepare_seconds=facts.prepare_seconds,
+                micro_batch=facts.micro_batch,
+                device=facts.device,
+                started_at=facts.started_at,
+                finished_at=time.time(),
+                rejects={reason: reasons.count(reason) for reason in dict.fromkeys(reasons)},
+            )
+        )
+
+    def _again(self, job: Job, seat: Seat | None, why: str, events: list[FileDone]) -> None:
+        """Another process takes the shard, unless too many have failed on it."""
+        pool = self.pools[job.teacher]
+        if seat is not None and seat in pool.seats:
+            pool.lost(seat)
+            self.on_note("restart", f"a process of teacher {job.teacher} was replaced at shard {job.shard}: {why}")
+        if pool.failure is not None:
+            self._give_up(pool, events)
+            return
+        if job.attempts + 1 >= MAX_ATTEMPTS:
+            pool.fail(f"shard {job.shard} failed {MAX_ATTEMPTS} times, the last time with: {why}")
+            self._give_up(pool, events)
+            return
+        logger.info("extract: shard %d goes to another process of %s: %s", job.shard, job.teacher, why)
+        pool.queue.appendleft(replace(job, attempts=job.attempts + 1))
+
+    def _give_up(self, pool: TeacherPool, events: list[FileDone]) -> None:
+        """Forget a failed teacher's work; what the others hold stays."""
+        lost = [key for key, (job, _, _) in self._embedding.items() if job.teacher == pool.name]
+        for key in lost:
+            del self._embedding[key]
+        # What is being written is whole; it may finish.
+        kept = {job.shard for job, _ in self._writing.values() if job.teacher == pool.name}
+        for shard in set(self._open) - kept:
+            self._close_job(shard, pool.name)
+        events.append(FileDone(-1, pool.name, error=pool.failure, finished_at=time.time()))
+
+    def _close_job(self, shard: int, teacher: str) -> None:
+        """Let go of the prepared table when the last of its teachers is done with it."""
+        self._open[shard].discard(teacher)
+        if not self._open[shard]:
+            del self._open[shard]
+
+    def _note_micro_batch(self, teacher: str, facts: EmbedFacts) -> None:
+        before = self._micro_batches.setdefault(facts.device, facts.micro_batch)
+        if facts.micro_batch < before:
+            self._micro_batches[facts.device] = facts.micro_batch
+            self.on_note(
+                "out of memory",
+                f"{teacher} at {facts.device}: the GPU ran out of memory; its micro-batch went from {before} to "
+                f"{facts.micro_batch}",
+            )
+
+    def _too_many_rejects(self, pool: TeacherPool, facts: EmbedFacts) -> str | None:
+        """Count a shard's rejects; why the teacher must stop, if it must."""
+        bad = len({sample_id for sample_id, _, _ in facts.rejects})
+        pool.rows += facts.rows
+        pool.rejected += bad
+        pool.reasons.update(reason for _, reason, _ in facts.rejects)
+        # A few bad rows of a small lake are still only bad rows, unless there is nothing else.
+        if pool.rejected <= max(self.max_reject_fraction * pool.rows, min(FEW_REJECTS, pool.rows - 1)):
+            return None
+        top = ", ".join(f"{rows} x {reason}" for reason, rows in pool.reasons.most_common(3))
+        return f"{pool.rejected} of {pool.rows} rows were rejected ({top})"

@@ -1,0 +1,1 @@
+"""HTML pages and charts without anything external, for the report and the inspection."""

@@ -1,0 +1,140 @@
+"""Which teachers a run has, what determines their files, and which files are missing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from common.errors import ConfigError
+from common.lake import Lake, check_partition, claim_partition
+from common.models.load import describe_model, find_spec, read_catalog
+from common.models.spec import ModelSpec
+from common.schemas import SCHEMA_VERSION
+from extractor.config import ExtractConfig
+from extractor.prepare import TeacherInput, restrict
+from extractor.sink import find_valid, survey_pairs
+from extractor.tending.ledger import Pairs
+
+STORED_PRECISION = "float16"
+"""Unit vectors rounded to half precision and stored as float32 compress to half the size and open everywhere."""
+
+Todo = dict[int, tuple[str, ...]]
+"""Shard -> names of the teachers that still lack it."""
+
+
+def find_teachers(config: ExtractConfig) -> list[ModelSpec]:
+    """Look the teachers up, before anything is read or loaded.
+
+    Raises:
+        ConfigError: None is named, or one twice.
+        ModelError: One is unknown.
+    """
+    if not config.teachers:
+        raise ConfigError("No teacher was named. Give --teachers NAME,NAME (see `mmkd teachers list`).")
+    catalog = read_catalog(config.catalog)
+    specs = [find_spec(reference, catalog, config.store) for reference in config.teachers]
+    repeated = [name for name, count in Counter(spec.name for spec in specs).items() if count > 1]
+    if repeated:
+        raise ConfigError(f"Teacher {repeated[0]!r} is named twice. Give each folder its own name: NAME=FOLDER.")
+    return specs
+
+
+def describe_inputs(specs: list[ModelSpec], config: ExtractConfig) -> dict[str, TeacherInput]:
+    """Name of the partition -> the teacher that fills it, reduced to the towers that are asked for.
+
+    Raises:
+        ConfigError: A teacher has nothing of what is asked for.
+    """
+    inputs = {}
+    for spec in specs:
+        description = restrict(describe_model(spec), config.towers)
+        if description.image_dim is None and description.text_dim is None:
+            raise ConfigError(
+                f"Teacher {spec.name!r} has no {config.towers} tower. Leave it out, or use --towers both."
+            )
+        name = f"{spec.name}.{config.teacher_version}" if config.teacher_version else spec.name
+        inputs[name] = TeacherInput(spec, description, name)
+    return inputs
+
+
+def identity_of(teacher: TeacherInput, config: ExtractConfig) -> dict[str, Any]:
+    """Everything that determines a teacher's files, as recorded in ``teacher.json``."""
+    identity = {
+        **teacher.description.identity(),
+        "normalised": "l2",
+        "stored_precision": STORED_PRECISION,
+        "schema_version": SCHEMA_VERSION,
+    }
+    # Named only where they are not the default, so that what was extracted before they existed stays valid.
+    if config.views.count and teacher.description.image_dim:
+        identity["views"] = config.views.model_dump(mode="json")
+    if config.decode != "exact" and teacher.description.image_dim:
+        identity["decode"] = config.decode
+    return identity
+
+
+def manifest_of(lake: Lake, teacher: str) -> str:
+    """Path of a teacher's manifest, relative to the lake."""
+    return f"{lake.features_folder(teacher)}/teacher.json"
+
+
+def check_partitions(lake: Lake, identities: dict[str, dict[str, Any]]) -> set[str]:
+    """Insist that what is there was produced by what would produce it now.
+
+    Returns:
+        The teachers that have a partition.
+
+    Raises:
+        FingerprintError: Something else produced a partition; names the differing keys.
+    """
+    return {
+        name
+        for name, identity in identities.items()
+        if check_partition(lake.storage, manifest_of(lake, name), identity, _remedy(name))
+    }
+
+
+def plan_todo(lake: Lake, identities: dict[str, dict[str, Any]]) -> tuple[Todo, Pairs]:
+    """What is missing, and what there is to embed.
+
+    Raises:
+        FingerprintError: Something else produced a partition.
+        LakeError: The pairs were replaced beneath existing embeddings.
+    """
+    pairs = survey_pairs(lake)
+    present = check_partitions(lake, identities)
+    missing: dict[int, list[str]] = {}
+    for name, identity in identities.items():
+        done = find_valid(lake, name, identity, pairs) if name in present else set()
+        for index in pairs.rows:
+            if index not in done:
+                missing.setdefault(index, []).append(name)
+    return {index: tuple(missing[index]) for index in sorted(missing)}, pairs
+
+
+def record_teacher(
+    lake: Lake, teacher: TeacherInput, identity: dict[str, Any], logit_scale: float | None, accepted_at: str | None
+) -> None:
+    """Write ``teacher.json`` of a partition before its first shard."""
+    spec = teacher.spec
+    facts: dict[str, Any] = {
+        "logit_scale": logit_scale,
+        "license": spec.license,
+        "gated": spec.gated,
+        "derivatives": spec.derivatives,
+        "derivative_terms": spec.derivative_terms,
+        "terms_accepted_at": accepted_at,
+        "spec": spec.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
+    }
+    manifest = manifest_of(lake, teacher.name)
+    claim_partition(lake.storage, manifest, identity, _remedy(teacher.name), facts)
+    recorded = lake.read_teacher(teacher.name)
+    if accepted_at and not recorded.get("terms_accepted_at"):  # a partition from before the terms were known
+        lake.storage.write_json(manifest, {**recorded, **facts})
+
+
+def _remedy(name: str) -> str:
+    return (
+        "Nothing was mixed. Keep both with --teacher-version VERSION, extract under another name (NAME=FOLDER), or "
+        f"delete features/teacher={name} first."
+    )

@@ -1,0 +1,158 @@
+"""Forward passes of one shape: padded micro-batches, copies that overlap them, and what to do when one fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+Tower = Callable[[torch.Tensor], torch.Tensor]
+_STAGES = 2
+"""Pinned buffers: one is filled while the other is being copied to the GPU."""
+
+
+class MicroBatches:
+    """Runs inputs through a tower, so many rows at a time, and counts the passes.
+
+    Every pass has the same shape, whatever is left over, so that a vector does not depend on its neighbours. When the
+    GPU runs out of memory the micro-batch is halved, for good, and the work goes on.
+
+    Args:
+        device: Where the model lies.
+        rows: Of a pass.
+        autocast: Type of the forward pass on a GPU; a CPU always computes in float32.
+    """
+
+    def __init__(self, device: str, rows: int, autocast: torch.dtype | None = None) -> None:
+        self.device = device
+        self.rows = rows
+        self.count = 0
+        self.on_gpu = device.startswith("cuda")
+        self.autocast = autocast if self.on_gpu else None
+        self._copies = torch.cuda.Stream(device) if self.on_gpu else None
+
+    @torch.inference_mode()
+    def run(self, tower: Tower, inputs: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+        """Inputs [N, ...] through a tower of width ``dim``.
+
+        Returns:
+            Unit vectors rounded to half precision, float32 [N, dim]; their lengths before, float32 [N] (NaN where the
+            tower failed on a row by itself); and row -> what the tower said, for those.
+
+        Raises:
+            torch.OutOfMemoryError: Not even one row fits.
+            RuntimeError: The device is lost.
+        """
+        vectors, norms = np.empty((len(inputs), dim), np.float32), np.full(len(inputs), np.nan, np.float32)
+        failures: dict[int, str] = {}
+        start = 0
+        while start < len(inputs):
+            try:
+                self._stream(tower, inputs, start, vectors, norms)
+                break
+            except _PassError as failed:
+                start = failed.start
+                if isinstance(failed.cause, torch.OutOfMemoryError):
+                    self._halve(failed.cause)
+                    continue
+                self._insist_on_device()
+                stop = min(start + self.rows, len(inputs))
+                for row in range(start, stop):
+                    self._alone(tower, inputs, row, vectors, norms, failures)
+                start = stop
+        vectors[~np.isfinite(norms)] = 0
+        return vectors, norms, failures
+
+    def _stream(self, tower: Tower, inputs: np.ndarray, start: int, vectors: np.ndarray, norms: np.ndarray) -> None:
+        """Pass after pass; a result is fetched only when the next pass is on its way, so that the GPU never waits."""
+        stages = [self._stage(inputs) for _ in range(_STAGES if self.on_gpu else 1)]
+        waiting: tuple[int, int, torch.Tensor, torch.Tensor] | None = None
+        for number, begin in enumerate(range(start, len(inputs), self.rows)):
+            stop = min(begin + self.rows, len(inputs))
+            try:
+                batch = self._load(stages[number % len(stages)], inputs[begin:stop])
+                unit_BD, norm_B = self._forward(tower, batch)
+            except Exception as error:  # which row it means, if it means a row, is found out one by one
+                self._fetch(waiting, vectors, norms)
+                raise _PassError(begin, error) from error
+            self._fetch(waiting, vectors, norms)
+            waiting = (begin, stop, unit_BD, norm_B)
+        self._fetch(waiting, vectors, norms)
+
+    def _stage(self, inputs: np.ndarray) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        like = torch.from_numpy(np.zeros((self.rows, *inputs.shape[1:]), inputs.dtype))
+        return (like.pin_memory(), torch.cuda.Event()) if self.on_gpu else (like, None)
+
+    def _load(self, stage: tuple[torch.Tensor, torch.cuda.Event | None], chunk: np.ndarray) -> torch.Tensor:
+        """A padded chunk on the device; on a GPU the copy runs beside the pass before it."""
+        buffer, copied = stage
+        if copied is not None:
+            copied.synchronize()  # the copy that used this buffer last; at once if there was none
+        array = buffer.numpy()
+        array[: len(chunk)] = chunk
+        array[len(chunk) :] = 0
+        if self._copies is None or copied is None:
+            return buffer
+        with torch.cuda.stream(self._copies):
+            batch = buffer.to(self.device, non_blocking=True)
+            copied.record(self._copies)
+        torch.cuda.current_stream(self.device).wait_stream(self._copies)
+        batch.record_stream(torch.cuda.current_stream(self.device))
+        return batch
+
+    def _forward(self, tower: Tower, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast("cuda", dtype=self.autocast, enabled=self.autocast is not None):
+            out_BD = tower(batch).float()
+        self.count += 1
+        norm_B = out_BD.norm(dim=1)
+        return (out_BD / norm_B.clamp_min(1e-12)[:, None]).half(), norm_B
+
+    def _fetch(
+        self,
+        waiting: tuple[int, int, torch.Tensor, torch.Tensor] | None,
+        vectors: np.ndarray,
+        norms: np.ndarray,
+    ) -> None:
+        if waiting is None:
+            return
+        begin, stop, unit_BD, norm_B = waiting
+        vectors[begin:stop] = unit_BD[: stop - begin].float().cpu().numpy()
+        norms[begin:stop] = norm_B[: stop - begin].cpu().numpy()
+
+    def _alone(
+        self,
+        tower: Tower,
+        inputs: np.ndarray,
+        row: int,
+        vectors: np.ndarray,
+        norms: np.ndarray,
+        failures: dict[int, str],
+    ) -> None:
+        try:
+            unit_BD, norm_B = self._forward(tower, self._load(self._stage(inputs), inputs[row : row + 1]))
+        except Exception as error:  # noqa: BLE001 - whatever a model raises about one row is that row's reason
+            self._insist_on_device()
+            failures[row] = f"{type(error).__name__}: {str(error)[:300]}"
+            return
+        self._fetch((row, row + 1, unit_BD, norm_B), vectors, norms)
+
+    def _halve(self, error: BaseException) -> None:
+        if self.rows == 1:
+            raise error
+        self.rows //= 2
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
+    def _insist_on_device(self) -> None:
+        """After some errors nothing runs in this process any more; then a new process must take over."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+
+class _PassError(Exception):
+    """A pass failed; those before it are done."""
+
+    def __init__(self, start: int, cause: BaseException) -> None:
+        super().__init__(str(cause))
+        self.start, self.cause = start, cause

@@ -1,0 +1,167 @@
+"""Each teacher's actors: started on GPUs of their own, given work one shard at a time, replaced when they die."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from common.errors import ModelError
+from common.logs import logger
+from extractor.placement import TeacherPlacement, ray_options
+
+PATIENCE_SECONDS = 30
+"""Between two lines that say what is being waited for."""
+QUEUE = 2
+"""Shards an actor may hold: one at work, one that is there when it is done."""
+MAX_FAILED_STARTS = 3
+"""So often in a row may an actor's process die while it loads; its place is given up then."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prepared shard for one teacher."""
+
+    shard: int
+    teacher: str
+    block: Any
+    """Reference of the prepared table."""
+    attempts: int = 0
+
+
+@dataclass
+class Seat:
+    """One actor's place: a process that is loading, at work, or being replaced."""
+
+    actor: Any
+    loading: Any
+    """Reference that is ready when the weights are; None from then on."""
+    jobs: set[int] = field(default_factory=set)
+    failed_starts: int = 0
+
+
+class TeacherPool:
+    """The actors of one teacher and the shards that wait for them. For one thread.
+
+    Args:
+        name: Of the teacher.
+        kind: Actor class with ``describe_scale``, ``where`` and ``embed``; such as :class:`extractor.teachers.Teacher`.
+        arguments: Of its constructor.
+        placement: How many actors, and what each holds.
+    """
+
+    def __init__(self, name: str, kind: type, arguments: tuple[Any, ...], placement: TeacherPlacement) -> None:
+        self.name = name
+        # A class of its own name, so that `ray status` and the dashboard tell the teachers apart. Ray's own restarts
+        # are off: what died is seen and counted here, and its shard goes to whoever is free.
+        remote: Any = ray.remote(type(f"Teacher_{name}", (kind,), {}))
+        self._kind = remote.options(**ray_options(placement), max_restarts=0, max_task_retries=0)
+        self._arguments = arguments
+        self.seats = [self._start() for _ in range(placement.actors or 1)]
+        self.queue: deque[Job] = deque()
+        self.failure: str | None = None
+        """Why the teacher cannot go on; its work is dropped then."""
+        self.logit_scale: float | None = None
+        """Of the model; known once an actor is there."""
+        self.restarts = 0
+        self.rows = 0
+        self.rejected = 0
+        self.reasons: Counter[str] = Counter()
+
+    def _start(self) -> Seat:
+        actor = self._kind.remote(*self._arguments)
+        return Seat(actor, actor.describe_scale.remote())
+
+    @property
+    def waiting(self) -> list[Any]:
+        """References of the seats that are loading."""
+        return [seat.loading for seat in self.seats if seat.loading is not None]
+
+    def is_ready(self) -> bool:
+        """Whether at least one actor has loaded its weights."""
+        return any(seat.loading is None for seat in self.seats)
+
+    def seated(self, loading: Any) -> None:
+        """A loading reference has an answer: the actor is there, or its process died.
+
+        Raises:
+            ModelError: The model does not load.
+        """
+        seat = next(seat for seat in self.seats if seat.loading == loading)
+        try:
+            self.logit_scale = ray.get(loading)
+        except ray.exceptions.RayActorError as error:
+            cause = getattr(error, "cause", None) or error
+            if not isinstance(error, ray.exceptions.ActorDiedError) or "creation task" in str(error).lower():
+                # The constructor raised: another process would say the same.
+                raise ModelError(f"Teacher {self.name!r} did not start: {last_line(cause)}") from error
+            self._replace(seat, seat.failed_starts + 1)
+        else:
+            seat.loading, seat.failed_starts = None, 0
+
+    def lost(self, seat: Seat) -> None:
+        """An actor's process has died or is of no more use; another takes its place."""
+        if seat not in self.seats:
+            return  # noticed before, by another of its shards
+        ray.kill(seat.actor)
+        self._replace(seat, 0)
+
+    def _replace(self, seat: Seat, failed_starts: int) -> None:
+        self.restarts += 1
+        self.seats.remove(seat)
+        if failed_starts < MAX_FAILED_STARTS:
+            logger.warning("extract: a process of teacher %s died; another is being started", self.name)
+            fresh = self._start()
+            fresh.failed_starts = failed_starts
+            self.seats.append(fresh)
+        elif not self.seats:
+            self.fail(f"its process died {failed_starts} times while it was loading")
+
+    def fail(self, reason: str) -> None:
+        """Give the teacher up; the others go on."""
+        self.failure = reason
+        self.queue.clear()
+        self.close()
+
+    def next_seat(self) -> Seat | None:
+        """The least busy actor with room for a shard."""
+        free = [seat for seat in self.seats if seat.loading is None and len(seat.jobs) < QUEUE]
+        return min(free, key=lambda seat: len(seat.jobs), default=None)
+
+    def close(self) -> None:
+        """End the actors."""
+        for seat in self.seats:
+            ray.kill(seat.actor)
+        self.seats = []
+
+
+def wait_until_seated(pools: dict[str, TeacherPool], stopped: Callable[[], object]) -> None:
+    """Wait until every teacher has an actor with its weights loaded, and say so when it takes long.
+
+    Raises:
+        ModelError: A model does not load.
+    """
+    said = time.monotonic()
+    while not stopped():
+        missing = [pool for pool in pools.values() if not pool.is_ready() and pool.failure is None]
+        if not missing:
+            return
+        ready, _ = ray.wait([ref for pool in missing for ref in pool.waiting], timeout=0.5)
+        for pool in missing:
+            for loading in set(pool.waiting) & set(ready):
+                pool.seated(loading)
+        if time.monotonic() - said > PATIENCE_SECONDS:
+            said = time.monotonic()
+            free = ray.available_resources().get("GPU", 0)
+            names = ", ".join(pool.name for pool in missing)
+            logger.info("extract: waiting for %s to load or to be placed (%g GPUs free)", names, free)
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of a remote traceback: what actually went wrong."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
