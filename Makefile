@@ -30,7 +30,7 @@ demo: $(READY)  ## the whole pipeline on a laptop: corpus, teachers, lake, stude
 test: test-unit test-pipeline  ## every test that needs no GPU
 
 test-unit: $(READY)  ## fast tests without Ray
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-pipeline: $(READY)  ## local Ray, small real models, moto S3, real kills
 	$(BIN)/python -m pytest -m 'ray and not gpu and not slow'

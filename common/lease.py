@@ -157,7 +157,9 @@ class Leases:
         self.release()
 
 
-def hold(storage: Storage, name: str, run: str, seconds: float = 60.0) -> Lease:
+def hold(
+    storage: Storage, name: str, run: str, seconds: float = 60.0, earlier: tuple[bytes, float] | None = None
+) -> Lease:
     """Acquire the lease of a partition and keep renewing it from a thread until it is released.
 
     Args:
@@ -165,23 +167,24 @@ def hold(storage: Storage, name: str, run: str, seconds: float = 60.0) -> Lease:
         name: The partition's name; any characters.
         run: What this run calls itself, for whom it turns away.
         seconds: The lease's length: how long a holder that gives no sign of life keeps others waiting.
+        earlier: What the file held at an earlier look, and when that was (``time.monotonic``): watching began then.
 
     Raises:
         LeaseError: Another run holds it, and is alive.
         StorageError: The storage cannot be read or written.
     """
     record = Record(uuid.uuid4().hex, run, socket.gethostname(), this_process(), seconds, now())
-    watched, watched_since, patience = b"", 0.0, seconds
+    watched, watched_since = earlier or (b"", 0.0)
     while True:
         looking = time.monotonic()
         present, data, version = _look(storage, name)
         gone = present is not None and (present.released or present.process.has_ended())
+        patience = present.seconds if present else seconds
         if version is not None and not gone and data != watched:
             if watched:
                 raise _turned_away(storage, name, present)
             # From after the look on: the holder counts from before its last write, so it gives up first.
             watched, watched_since = data, time.monotonic()
-            patience = present.seconds if present else seconds
             logger.info("%s; watching for %s whether it is alive", _held(name, present), duration(patience))
         writing, taken = time.monotonic(), False
         if version is None:
@@ -204,10 +207,13 @@ def hold_all(storage: Storage, names: Iterable[str], run: str, seconds: float = 
     Raises:
         LeaseError: Another run holds one of them; those already acquired have been released.
     """
-    leases = Leases([])
+    leases, ordered = Leases([]), sorted(set(names))
+    # All are watched from now on: what a dead run held is stale at the same time, not one length after another.
+    earlier = {name: (_look(storage, name)[1], time.monotonic()) for name in ordered}
     try:
-        for name in sorted(set(names)):
-            leases.leases.append(hold(storage, name, run, seconds))
+        for name in ordered:
+            first_look = earlier[name] if leases.leases and earlier[name][0] else None
+            leases.leases.append(hold(storage, name, run, seconds, first_look))
     except BaseException:
         leases.release()
         raise

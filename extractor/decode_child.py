@@ -24,9 +24,11 @@ from common.views import cut_view
 
 HEADER = 64
 """Bytes before the pixels; the first eight hold the row at work, as int64."""
+NOT_BEGUN = -1
+"""The row at work while the request is still being read: what goes wrong then is no picture's fault."""
 NO_MEMORY = 70
 """Exit status after a picture that needed more memory than this process may have."""
-MAX_REQUEST_BYTES = 1 << 16
+_PIECE_BYTES = 1 << 16
 
 
 def serve(connection: socket.socket, max_pixels: int, max_seconds: float, max_memory_mib: int) -> None:
@@ -35,9 +37,12 @@ def serve(connection: socket.socket, max_pixels: int, max_seconds: float, max_me
     Image.MAX_IMAGE_PIXELS = max_pixels
     say(connection, {"ready": True})
     while True:
-        message, descriptors, _, _ = socket.recv_fds(connection, MAX_REQUEST_BYTES, 2)
-        if not message:
-            return
+        message, descriptors, _, _ = socket.recv_fds(connection, _PIECE_BYTES, 2)
+        while not message.endswith(b"\n"):  # a long one comes in pieces
+            piece = connection.recv(_PIECE_BYTES)
+            if not piece:
+                return
+            message += piece
         with (
             open(descriptors[0], "rb") as encoded,
             open(descriptors[1], "r+b") as pixels,
@@ -101,7 +106,8 @@ def _limit_beyond(max_memory_mib: int, mapped: int) -> None:
         import resource
 
         soft = (max_memory_mib << 20) + mapped
-        resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]  # of the shell or the container; it cannot be raised
+        resource.setrlimit(resource.RLIMIT_AS, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 
 
 def main() -> None:

@@ -22,8 +22,10 @@ import pyarrow as pa
 from common.models.spec import Geometry
 from common.sandbox import BARE_ENVIRONMENT, START_SECONDS
 from extractor.config import DecodeLimits
-from extractor.decode_child import HEADER, NO_MEMORY
+from extractor.decode_child import HEADER, NO_MEMORY, NOT_BEGUN
 
+MAX_FRUITLESS = 3
+"""So many children may end before they come to a picture; more is not chance, and no picture's fault."""
 _ALIGNMENT = 64
 _PATIENCE_STEP = 0.5
 """Seconds between looks at the row at work while the child is silent."""
@@ -90,7 +92,7 @@ class PictureDecoder:
             least_side: See :func:`common.images.decode_rgb`.
 
         Raises:
-            OSError: No child process can be started.
+            OSError: No child process can be started, or it cannot even read what is asked of it.
         """
         rows, views = len(encoded), 0 if boxes is None else boxes.shape[1]
         request, size = _lay_out(rows, views, geometries, least_side)
@@ -99,26 +101,42 @@ class PictureDecoder:
         done = DecodedPictures(*_arrays(target, request, geometries))
         source_file = _shared_source(encoded, boxes)
         with target_file, source_file:
-            start = 0
-            while start < rows:
-                is_fresh = self._start_if_needed()
-                try:
-                    for message in self._ask({**request, "start": start}, source_file, target_file, target):
-                        done.errors[message["row"]] = (message["reason"], message["detail"])
-                    break
-                except _LostChildError as lost:
-                    died_at = int(np.frombuffer(target, np.int64, 1)[0])
-                    done.kills += 1
-                    self.close()
-                    if lost.args[0] == "decoder timed out" or (is_fresh and died_at == start):
-                        done.errors[died_at] = (lost.args[0], lost.args[1])
-                        died_at += 1
-                    start = died_at
+            try:
+                self._decode_from_each_start(request, source_file, target_file, target, done)
+            except BaseException:
+                # Also when a task is cancelled: the child would go on, and its answers be taken for the next request's.
+                self.close()
+                raise
         for row in done.errors:  # a row that died half-way has pixels in some geometries
             for arrays in (done.pixels, done.view_pixels):
                 for array in arrays.values():
                     array[row] = 0
         return done
+
+    def _decode_from_each_start(
+        self, request: dict[str, Any], source: Any, target: Any, target_map: mmap.mmap, done: DecodedPictures
+    ) -> None:
+        """Ask for all rows, and again for those after the one at which a child was lost."""
+        start = fruitless = 0
+        while start < request["rows"]:
+            is_fresh = self._start_if_needed()
+            try:
+                for message in self._ask({**request, "start": start}, source, target, target_map):
+                    done.errors[message["row"]] = (message["reason"], message["detail"])
+                return
+            except _LostChildError as lost:
+                died_at = int(np.frombuffer(target_map, np.int64, 1)[0])
+                done.kills += 1
+                self.close()
+                if died_at == NOT_BEGUN:
+                    fruitless += 1
+                    if fruitless == MAX_FRUITLESS:
+                        raise OSError(f"The decoding process cannot read a shard: {': '.join(lost.args)}.") from lost
+                    continue
+                if lost.args[0] == "decoder timed out" or (is_fresh and died_at == start):
+                    done.errors[died_at] = (lost.args[0], lost.args[1])
+                    died_at += 1
+                start = died_at
 
     def close(self) -> None:
         """Kill the child; the next shard starts another."""
@@ -162,9 +180,11 @@ class PictureDecoder:
     ) -> Iterator[dict[str, Any]]:
         """Send a request; yield what the child says of failed rows until it is done."""
         assert self._connection is not None, "started by the caller"
-        np.frombuffer(target_map, np.int64, 1)[0] = request["start"]
+        np.frombuffer(target_map, np.int64, 1)[0] = NOT_BEGUN
+        message = json.dumps(request).encode() + b"\n"
         try:
-            socket.send_fds(self._connection, [json.dumps(request).encode()], [source.fileno(), target.fileno()])
+            sent = socket.send_fds(self._connection, [message], [source.fileno(), target.fileno()])
+            self._connection.sendall(message[sent:])
         except (BrokenPipeError, ConnectionResetError) as error:
             raise _LostChildError("decoder crashed", self._epitaph()) from error
         for message in self._messages(None, target_map):
@@ -174,7 +194,7 @@ class PictureDecoder:
 
     def _messages(self, deadline: float | None, target: mmap.mmap | None) -> Iterator[dict[str, Any]]:
         """What the child says; without a deadline it may take ``max_seconds`` for each picture."""
-        row, since = -1, time.monotonic()
+        row, since = NOT_BEGUN, time.monotonic()
         while True:
             line, mark, rest = self._unread.partition(b"\n")
             if mark:
@@ -186,8 +206,9 @@ class PictureDecoder:
             now = time.monotonic()
             if target is not None and (at_work := int(np.frombuffer(target, np.int64, 1)[0])) != row:
                 row, since = at_work, now
-            if now > (deadline or since + self.limits.max_seconds):
-                raise _LostChildError("decoder timed out", f"no picture within {self.limits.max_seconds:g} s")
+            patience = START_SECONDS if row == NOT_BEGUN else self.limits.max_seconds
+            if now > (deadline or since + patience):
+                raise _LostChildError("decoder timed out", f"no picture within {patience:g} s")
 
     def _receive(self) -> bool:
         """Read what is there; false after a while of silence."""
@@ -251,8 +272,8 @@ def _shared_file(size: int) -> Any:
 
 def _shared_source(encoded: pa.ChunkedArray | pa.Array, boxes: np.ndarray | None) -> Any:
     """Offsets int64 [N + 1], boxes float32, then the files' bytes one after another."""
-    column = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
-    pieces = [value.as_buffer() for value in column]
+    # Chunk by chunk: one array of 32-bit offsets ends at 2 GiB. A null is a file without bytes.
+    pieces = [value.as_buffer() if value.is_valid else pa.py_buffer(b"") for value in encoded]
     offsets = np.cumsum([0, *(piece.size for piece in pieces)], dtype=np.int64)
     file = _shared_file(0)
     file.write(offsets.tobytes())

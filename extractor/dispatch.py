@@ -16,7 +16,7 @@ import ray
 from common.errors import LakeError, MmkdError, ModelError
 from common.logs import logger
 from extractor.events import EmbedFacts, FileDone
-from extractor.pools import Job, Seat, TeacherPool, last_line
+from extractor.pools import PATIENCE_SECONDS, Job, Seat, TeacherPool, last_line
 from extractor.writing import WriteOrder, write_file
 
 MAX_ATTEMPTS = 3
@@ -55,6 +55,7 @@ class Dispatcher:
         self._embedding: dict[Any, tuple[Job, Seat, Any]] = {}
         self._writing: dict[Any, tuple[Job, EmbedFacts]] = {}
         self._micro_batches: dict[str, int] = {}
+        self._said = time.monotonic()
         self._write: Any = ray.remote(write_file).options(num_cpus=WRITER_CPUS, max_retries=5)
 
     @property
@@ -103,7 +104,18 @@ class Dispatcher:
             elif reference in self._writing:
                 self._written(*self._writing.pop(reference), reference, events)
         self._seat_jobs()
+        self._say_who_is_missing()
         return events
+
+    def _say_who_is_missing(self) -> None:
+        """A line now and then while shards wait for a teacher of which no actor is there."""
+        missing = [pool for pool in self.pools.values() if pool.queue and not pool.is_ready()]
+        if not missing or time.monotonic() - self._said < PATIENCE_SECONDS:
+            return
+        self._said = time.monotonic()
+        free = ray.available_resources().get("GPU", 0)
+        names = ", ".join(pool.name for pool in missing)
+        logger.info("extract: waiting for %s to load or to be placed (%g GPUs free)", names, free)
 
     def close(self) -> None:
         """End all actors; files that are being written are left to their writers or never appear."""
@@ -149,7 +161,7 @@ class Dispatcher:
             return
         if facts.shard != job.shard:
             raise LakeError(f"A prepared table of shard {facts.shard} came where shard {job.shard} was expected.")
-        self._note_micro_batch(job.teacher, facts)
+        self._note_device(pool, facts)
         if (reason := self._too_many_rejects(pool, facts)) is not None:
             pool.fail(reason)
             self._give_up(pool, events)
@@ -221,7 +233,13 @@ class Dispatcher:
         if not self._open[shard]:
             del self._open[shard]
 
-    def _note_micro_batch(self, teacher: str, facts: EmbedFacts) -> None:
+    def _note_device(self, pool: TeacherPool, facts: EmbedFacts) -> None:
+        """What a user would want to know of an actor: that its GPU is of no use, or too small."""
+        teacher = pool.name
+        if pool.gpus and "/cpu/" in facts.device and facts.device not in self._micro_batches:
+            text = f"{teacher} at {facts.device} holds a GPU but torch finds no CUDA there; it runs on the CPU"
+            logger.warning("extract: %s", text)
+            self.on_note("GPU not used", text)
         before = self._micro_batches.setdefault(facts.device, facts.micro_batch)
         if facts.micro_batch < before:
             self._micro_batches[facts.device] = facts.micro_batch

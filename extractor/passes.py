@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 Tower = Callable[[torch.Tensor], torch.Tensor]
+
+
+class _Result(NamedTuple):
+    """What a pass gave for rows ``begin`` to ``stop``: on the CPU, or on its way there until ``copied``."""
+
+    begin: int
+    stop: int
+    unit_BD: torch.Tensor
+    norm_B: torch.Tensor
+    copied: torch.cuda.Event | None = None
+
+
 _STAGES = 2
 """Pinned buffers: one is filled while the other is being copied to the GPU."""
 
@@ -56,28 +69,27 @@ class MicroBatches:
                 if isinstance(failed.cause, torch.OutOfMemoryError):
                     self._halve(failed.cause)
                     continue
-                self._insist_on_device()
-                stop = min(start + self.rows, len(inputs))
-                for row in range(start, stop):
-                    self._alone(tower, inputs, row, vectors, norms, failures)
-                start = stop
+            # Out here the traceback of the failed pass no longer holds its tensors.
+            self._insist_on_device()
+            start = self._one_by_one(tower, inputs, start, vectors, norms, failures)
         vectors[~np.isfinite(norms)] = 0
         return vectors, norms, failures
 
     def _stream(self, tower: Tower, inputs: np.ndarray, start: int, vectors: np.ndarray, norms: np.ndarray) -> None:
         """Pass after pass; a result is fetched only when the next pass is on its way, so that the GPU never waits."""
         stages = [self._stage(inputs) for _ in range(_STAGES if self.on_gpu else 1)]
-        waiting: tuple[int, int, torch.Tensor, torch.Tensor] | None = None
+        waiting: _Result | None = None
         for number, begin in enumerate(range(start, len(inputs), self.rows)):
             stop = min(begin + self.rows, len(inputs))
             try:
                 batch = self._load(stages[number % len(stages)], inputs[begin:stop])
                 unit_BD, norm_B = self._forward(tower, batch)
+                fetching = self._bring_back(begin, stop, unit_BD, norm_B)
             except Exception as error:  # which row it means, if it means a row, is found out one by one
                 self._fetch(waiting, vectors, norms)
                 raise _PassError(begin, error) from error
             self._fetch(waiting, vectors, norms)
-            waiting = (begin, stop, unit_BD, norm_B)
+            waiting = fetching
         self._fetch(waiting, vectors, norms)
 
     def _stage(self, inputs: np.ndarray) -> tuple[torch.Tensor, torch.cuda.Event | None]:
@@ -108,17 +120,43 @@ class MicroBatches:
         norm_B = out_BD.norm(dim=1)
         return (out_BD / norm_B.clamp_min(1e-12)[:, None]).half(), norm_B
 
-    def _fetch(
+    def _bring_back(self, begin: int, stop: int, unit_BD: torch.Tensor, norm_B: torch.Tensor) -> _Result:
+        if not self.on_gpu:
+            return _Result(begin, stop, unit_BD, norm_B)
+        # Queued now, ahead of the next pass: a copy that is asked for later runs only when that pass is over too.
+        unit_BD, norm_B = unit_BD.to("cpu", non_blocking=True), norm_B.to("cpu", non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(self.device))
+        return _Result(begin, stop, unit_BD, norm_B, copied)
+
+    def _fetch(self, result: _Result | None, vectors: np.ndarray, norms: np.ndarray) -> None:
+        if result is None:
+            return
+        if result.copied is not None:
+            result.copied.synchronize()
+        rows = result.stop - result.begin
+        vectors[result.begin : result.stop] = result.unit_BD[:rows].float().numpy()
+        norms[result.begin : result.stop] = result.norm_B[:rows].numpy()
+
+    def _one_by_one(
         self,
-        waiting: tuple[int, int, torch.Tensor, torch.Tensor] | None,
+        tower: Tower,
+        inputs: np.ndarray,
+        start: int,
         vectors: np.ndarray,
         norms: np.ndarray,
-    ) -> None:
-        if waiting is None:
-            return
-        begin, stop, unit_BD, norm_B = waiting
-        vectors[begin:stop] = unit_BD[: stop - begin].float().cpu().numpy()
-        norms[begin:stop] = norm_B[: stop - begin].cpu().numpy()
+        failures: dict[int, str],
+    ) -> int:
+        """Each row of a failed pass in a pass of its own; returns where the next pass begins."""
+        row, stop = start, min(start + self.rows, len(inputs))
+        while row < stop:
+            try:
+                self._alone(tower, inputs, row, vectors, norms, failures)
+            except torch.OutOfMemoryError as error:
+                self._halve(error)
+            else:
+                row += 1
+        return stop
 
     def _alone(
         self,
@@ -131,11 +169,13 @@ class MicroBatches:
     ) -> None:
         try:
             unit_BD, norm_B = self._forward(tower, self._load(self._stage(inputs), inputs[row : row + 1]))
+        except torch.OutOfMemoryError:
+            raise  # says nothing about this row
         except Exception as error:  # noqa: BLE001 - whatever a model raises about one row is that row's reason
             self._insist_on_device()
             failures[row] = f"{type(error).__name__}: {str(error)[:300]}"
             return
-        self._fetch((row, row + 1, unit_BD, norm_B), vectors, norms)
+        self._fetch(self._bring_back(row, row + 1, unit_BD, norm_B), vectors, norms)
 
     def _halve(self, error: BaseException) -> None:
         if self.rows == 1:

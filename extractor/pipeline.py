@@ -158,8 +158,7 @@ class Engine:
         finally:
             dispatcher.close()
             report.seconds = time.monotonic() - started
-            for name, files in written.items():
-                record_valid(self.lake, name, self.identities[name], files, pairs)
+            self._remember(written, pairs)
             account.save(status, message)
             self._say(report)
 
@@ -262,6 +261,14 @@ class Engine:
             )
             for name, placement in placements.items()
         }
+
+    def _remember(self, written: dict[str, dict[int, int]], pairs: Pairs) -> None:
+        """Spare the next run a look into the files of this one; that this fails must hide no other error."""
+        for name, files in written.items():
+            try:
+                record_valid(self.lake, name, self.identities[name], files, pairs)
+            except MmkdError as error:
+                logger.warning("extract: the next run will check the files of %s again: %s", name, error)
 
     def _account(
         self,

@@ -61,6 +61,8 @@ class TeacherPool:
         remote: Any = ray.remote(type(f"Teacher_{name}", (kind,), {}))
         self._kind = remote.options(**ray_options(placement), max_restarts=0, max_task_retries=0)
         self._arguments = arguments
+        self.gpus = placement.gpus or 0.0
+        """Of each actor."""
         self.seats = [self._start() for _ in range(placement.actors or 1)]
         self.queue: deque[Job] = deque()
         self.failure: str | None = None

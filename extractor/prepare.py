@@ -213,6 +213,11 @@ def fixed_rows(array_NK: np.ndarray) -> pa.FixedSizeListArray:
 
 def rows_of(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """The inverse of :func:`fixed_rows`: numpy [N, K], without copying a single-chunk column."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    array = single_chunk(column) if isinstance(column, pa.ChunkedArray) else column
     width = array.type.list_size
     return np.asarray(array.flatten().to_numpy(zero_copy_only=True)).reshape(-1, width)
+
+
+def single_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """A column in one piece; ``combine_chunks`` would copy it even if it is one already."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

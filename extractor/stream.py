@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyarrow as pa
 import ray
 
+from common.errors import ClusterError
+from common.logs import duration
 from extractor.prepare import Prepare
 
+STALL_SECONDS = 1800.0
+"""A stream that gives nothing for so long, while it is being asked, will never give anything."""
 _LOOK_SECONDS = 0.2
+_PAUSE_SECONDS = 10.0
+"""Who has not asked for so long had no need; the wait begins anew."""
 
 
 def prepared_shards(prepare: Prepare, tasks: int) -> Iterator[tuple[int, Any]]:
@@ -30,6 +37,8 @@ def prepared_shards(prepare: Prepare, tasks: int) -> Iterator[tuple[int, Any]]:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
+    # Ray Data's own clock also runs while nobody takes what is ready: teachers may load or work for longer than that.
+    context.execution_no_progress_timeout_s = -1
     shards = list(prepare.todo)
     source = ray.data.from_items([{"shard": index} for index in shards], override_num_blocks=len(shards))
     call: Any = _call  # Ray's stubs know functions of one argument only
@@ -55,10 +64,16 @@ class Feeder:
     """Pulls a stream in a thread of its own, so that the driver can look after everything else while it waits.
 
     At most one item is waiting at any time; the rest is the stream's own affair.
+
+    Args:
+        stream: What to pull.
+        stall_seconds: How long the stream may give nothing while it is being asked.
     """
 
-    def __init__(self, stream: Iterator[tuple[int, Any]]) -> None:
+    def __init__(self, stream: Iterator[tuple[int, Any]], stall_seconds: float = STALL_SECONDS) -> None:
         self._stream = stream
+        self._stall_seconds = stall_seconds
+        self._waiting_since = self._asked = -_PAUSE_SECONDS
         self._items: queue.Queue[tuple[int, Any]] = queue.Queue(maxsize=1)
         self._error: BaseException | None = None
         self._stopped = threading.Event()
@@ -69,14 +84,29 @@ class Feeder:
         """The next item if it is there already.
 
         Raises:
+            ClusterError: The stream has given nothing for too long, although it was asked all the time.
             Exception: What ended the stream before its end.
         """
+        now = time.monotonic()
+        if now - self._asked >= _PAUSE_SECONDS:
+            self._waiting_since = now
+        self._asked = now
         try:
-            return self._items.get_nowait()
+            item = self._items.get_nowait()
         except queue.Empty:
             pass
-        if not self._thread.is_alive() and self._items.empty() and self._error is not None:
-            raise self._error
+        else:
+            self._waiting_since = now
+            return item
+        if not self._thread.is_alive():
+            if self._items.empty() and self._error is not None:
+                raise self._error
+        elif now - self._waiting_since > self._stall_seconds:
+            raise ClusterError(
+                f"No shard was prepared within {duration(self._stall_seconds)}. Look with `ray status` whether CPUs are "
+                "free for it, and in Ray's logs whether its processes are killed (memory: smaller shards, or fewer "
+                "prepare_tasks); then run the same command again to go on."
+            )
         return None
 
     @property

@@ -18,7 +18,7 @@ from common.models.load import load_model
 from common.schemas import features_schema
 from extractor.events import EmbedFacts
 from extractor.passes import MicroBatches
-from extractor.prepare import SECONDS, VIEW_BOXES, TeacherInput, restrict_like, rows_of
+from extractor.prepare import SECONDS, VIEW_BOXES, TeacherInput, restrict_like, rows_of, single_chunk
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LEAST_SPREAD = 1e-3
@@ -109,7 +109,7 @@ class Teacher:
         pixels = self._square(rows_of(prepared[self.teacher.pixels]))
         vectors, norms, failures = self._run(self.model.encode_image, pixels, self.teacher.description.image_dim)
         good = _usable(norms) & decoded
-        self._insist_on_spread("image", vectors[good], pixels[good])
+        self._insist_on_spread("image", vectors, pixels, good)
         for row in np.flatnonzero(~good):
             if not decoded[row]:
                 reason, detail = "image not decodable", errors[row]
@@ -120,7 +120,7 @@ class Teacher:
 
     def _views(self, prepared: pa.Table, facts: EmbedFacts) -> dict[str, pa.Array]:
         boxes = prepared[VIEW_BOXES].combine_chunks()
-        pixels = self._square(rows_of(prepared[self.teacher.view_pixels].combine_chunks().flatten()))
+        pixels = self._square(rows_of(single_chunk(prepared[self.teacher.view_pixels]).flatten()))
         vectors, norms, _ = self._run(self.model.encode_image, pixels, self.teacher.description.image_dim)
         views = len(pixels) // max(prepared.num_rows, 1)
         failed = np.array([error is not None for error in prepared["image_error"].to_pylist()], bool)
@@ -137,7 +137,7 @@ class Teacher:
         # Generic captions repeat a lot; each distinct one goes through the tower once.
         distinct, back = np.unique(tokens, axis=0, return_inverse=True)
         vectors, norms, failures = self._run(self.model.encode_text, distinct, self.teacher.description.text_dim)
-        self._insist_on_spread("text", vectors[_usable(norms)], distinct[_usable(norms)])
+        self._insist_on_spread("text", vectors, distinct, _usable(norms))
         vectors, norms = vectors[back], norms[back]
         good = _usable(norms)
         for row in np.flatnonzero(~good[:rows]):
@@ -159,12 +159,14 @@ class Teacher:
         assert dim is not None, "the caller looked"
         return self.passes.run(tower, inputs, dim)
 
-    def _insist_on_spread(self, tower: str, vectors: np.ndarray, inputs: np.ndarray) -> None:
-        if len(vectors) < FEW_INPUTS or np.ptp(vectors, axis=0).max() >= LEAST_SPREAD:
+    def _insist_on_spread(self, tower: str, vectors: np.ndarray, inputs: np.ndarray, good: np.ndarray) -> None:
+        rows = np.flatnonzero(good)
+        if len(rows) < FEW_INPUTS or np.ptp(vectors[rows], axis=0).max() >= LEAST_SPREAD:
             return
-        if (inputs != inputs[0]).any():
+        # Row by row: a copy of a shard's pictures would take as much memory again.
+        if any((inputs[row] != inputs[rows[0]]).any() for row in rows):
             raise ModelError(
-                f"the {tower} tower gives {len(vectors)} different inputs one and the same vector (no dimension "
+                f"the {tower} tower gives {len(rows)} different inputs one and the same vector (no dimension "
                 f"differs by {LEAST_SPREAD:g}); its weights are broken or were loaded into the wrong architecture"
             )
 

@@ -1,7 +1,7 @@
 """The ways of embedding a lake that are compared, each in a process of its own: ``python ways.py WAY ORDER ANSWER``.
 
-The order names a warm-up lake and lakes to time. Every way answers with the seconds each timed lake took; from two
-lakes of unlike length follows a rate without start-up (:func:`marginal_rate`).
+The order names a warm-up lake and lakes to time. Every way answers with the seconds and the CPU seconds that each timed
+lake took; from two lakes of unlike length follows a rate without start-up (:func:`marginal_rate`).
 """
 
 import json
@@ -17,8 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from watch import CpuMeter, MemoryWatch, store_statistics
+
 CORES = os.cpu_count() or 1
 CHUNKS_AHEAD = 3
+ENOUGH = 2.0
+"""So many times as long as until its first file should the shorter run of extract take."""
 
 
 @dataclass(frozen=True)
@@ -41,30 +45,53 @@ class Order:
 
 
 def marginal_rate(rows: list[int], seconds: list[float]) -> float:
-    """Rows a second by which the longer of two runs exceeds the shorter.
+    """Rows per second (or per CPU second) by which the longer of two runs exceeds the shorter.
 
     Whatever happens once (starting Ray, loading models, preparing ahead while they load, writing the report) is in both
-    and falls out. The rate between the first and the last commit would flatter a pipeline that prepares ahead.
+    and falls out. The rate between the first and the last commit would flatter a pipeline that prepares ahead; so does
+    this one, where the shorter run ends soon after its first commit (:func:`warn_of_short`).
     """
     return (rows[1] - rows[0]) / (seconds[1] - seconds[0])
+
+
+def warn_of_short(answer: dict[str, list[float]]) -> None:
+    """Say so if the shorter run of extract was mostly start-up."""
+    if answer["seconds"][0] < ENOUGH * answer["first_file_seconds"][0]:
+        print(
+            f"The shorter run took {answer['seconds'][0]:.0f} s, its first file {answer['first_file_seconds'][0]:.0f} s: "
+            "too much was prepared during the start for its rate to mean much. Raise --rows.",
+            file=sys.stderr,
+        )
 
 
 def extract_way(order: Order) -> dict[str, list[float]]:
     """mmkd extract, with a local Ray as its command starts it."""
     from cluster.session import ray_session
+
+    with ray_session():
+        answer = _timed(order, partial(_extract_anew, order))
+    reports = [json.loads(next(Path(lake).glob("runs/*/report.json")).read_text()) for lake in order.lakes]
+    return {**answer, "first_file_seconds": [report["first_file_seconds"] for report in reports]}
+
+
+def watched_way(order: Order) -> dict[str, list[float]]:
+    """mmkd extract on the warm-up lake alone; answers with its greatest memory and what Ray spilled, in bytes."""
+    from cluster.session import ray_session
+
+    with ray_session():
+        with MemoryWatch() as watch:
+            _extract_anew(order, order.warm_up)
+        found = {**watch.peaks, "spilled": float(store_statistics().spilled_bytes_total)}
+    return {name: [value] for name, value in found.items()}
+
+
+def _extract_anew(order: Order, lake: str) -> None:
     from extractor.config import ExtractConfig
     from extractor.pipeline import extract
 
-    config = ExtractConfig(teachers=tuple(order.teachers), micro_batch=order.micro_batch, **order.settings)
-    seconds = []
-    with ray_session():
-        for lake in (order.warm_up, *order.lakes):
-            for left in ("features", "runs", "rejects"):
-                shutil.rmtree(Path(lake) / left, ignore_errors=True)
-            started = time.perf_counter()
-            extract(lake, config)
-            seconds.append(time.perf_counter() - started)
-    return {"seconds": seconds[1:]}
+    for left in ("features", "runs", "rejects"):
+        shutil.rmtree(Path(lake) / left, ignore_errors=True)
+    extract(lake, ExtractConfig(teachers=tuple(order.teachers), micro_batch=order.micro_batch, **order.settings))
 
 
 def loop_way(order: Order) -> dict[str, list[float]]:
@@ -145,11 +172,12 @@ def _one_pass(folder: str, rows: list[tuple[bytes, str]], batch_size: int) -> li
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     dataset = LoadedPairs(rows, preprocess, open_clip.get_tokenizer(f"local-dir:{folder}"))
     loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, num_workers=CORES)
+    model.eval()
     found = []
     with torch.inference_mode():
         for pixels_BCHW, tokens_BL in loader:
-            for vectors_BD in (model.eval().encode_image(pixels_BCHW), model.encode_text(tokens_BL)):
-                found.append(torch.nn.functional.normalize(vectors_BD).half().numpy())
+            towers = (model.encode_image(pixels_BCHW), model.encode_text(tokens_BL))
+            found += [torch.nn.functional.normalize(vectors_BD).half().numpy() for vectors_BD in towers]
     return found
 
 
@@ -184,15 +212,17 @@ def _chunks(lake: str, size: int) -> Iterator[tuple[list[bytes], list[str]]]:
 
 def _timed(order: Order, embed: Callable[[str], None]) -> dict[str, list[float]]:
     embed(order.warm_up)
-    seconds = []
+    answer: dict[str, list[float]] = {"seconds": [], "cpu_seconds": []}
     for lake in order.lakes:
         started = time.perf_counter()
-        embed(lake)
-        seconds.append(time.perf_counter() - started)
-    return {"seconds": seconds}
+        with CpuMeter() as meter:
+            embed(lake)
+            answer["seconds"].append(time.perf_counter() - started)
+        answer["cpu_seconds"].append(meter.seconds)
+    return answer
 
 
-WAYS = {"extract": extract_way, "loop": loop_way, "passes": passes_way}
+WAYS = {"extract": extract_way, "watched": watched_way, "loop": loop_way, "passes": passes_way}
 
 
 if __name__ == "__main__":

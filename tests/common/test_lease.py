@@ -236,6 +236,34 @@ def test_several_leases_are_all_or_none(storage):
     assert Lookup(storage, "b").released
 
 
+def test_all_leases_of_a_run_that_died_elsewhere_are_watched_at_the_same_time(storage, caplog):
+    logger.addHandler(caplog.handler)
+    caplog.set_level("INFO", logger="mmkd")
+    try:
+        with hold_all(storage, ["a", "b", "c"], "dead", seconds=2):
+            pass
+        for name in "abc":  # as a machine leaves them that lost its power
+            record = storage.read_json(f"leases/{name}.json")
+            record["process"]["machine"] = "another"
+            storage.write_json(f"leases/{name}.json", {**record, "released": False})
+        with hold_all(storage, ["a", "b", "c"], "next", seconds=2) as leases:
+            assert leases.is_held()
+    finally:
+        logger.removeHandler(caplog.handler)
+    said = set(caplog.messages)
+    (watched,) = [message for message in said if "watching" in message]
+    assert watched.startswith("lease a is held by run 'dead'")
+    assert len([message for message in said if "taken over" in message]) == 3
+
+
+def test_among_several_a_lease_that_shows_life_turns_the_run_away(storage):
+    with hold(storage, "b", "alive", seconds=1.5):
+        record = storage.read_json("leases/b.json")
+        storage.write_json("leases/a.json", {**record, "process": {**record["process"], "machine": "another"}})
+        with pytest.raises(LeaseError, match="b is being written by run 'alive'"):
+            hold_all(storage, ["a", "b"], "next", seconds=1.5)
+
+
 @pytest.mark.parametrize("name", ["features/teacher=pmc-clip@notebook", "ü 試験", "50% + #1?", "..", "a\\b:c*[d]", "~"])
 def test_odd_names(storage, name):
     with hold(storage, name, "first", seconds=3) as lease:

@@ -80,6 +80,26 @@ def test_rows_a_tower_fails_on_are_named_and_the_others_survive():
     assert (vectors[[5, 6]] == 0).all()
 
 
+def test_a_row_is_not_to_blame_for_a_gpu_that_is_full():
+    """Out of memory while rows are tried one by one halves the micro-batch too; it rejects nobody."""
+    failed = []
+
+    def picky_and_hungry(batch):
+        if failed and len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if (batch[:, 0] == 6).any():
+            failed.append(True)
+            raise IndexError("token out of range")
+        return tower(batch)
+
+    passes = MicroBatches("cpu", 4)
+    vectors, _, failures = passes.run(picky_and_hungry, INPUTS, 2)
+    assert failures == {5: "IndexError: token out of range"}
+    assert passes.rows == 2
+    good = [row for row in range(11) if row != 5]
+    np.testing.assert_allclose(vectors[good], expected()[good], atol=1e-3)
+
+
 def test_vectors_that_are_not_numbers_are_zero_and_their_norms_say_so():
     def broken(batch):
         out = tower(batch)

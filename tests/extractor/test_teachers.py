@@ -42,6 +42,9 @@ def test_fixed_rows_round_trip():
     array = np.arange(12, dtype=np.int32).reshape(3, 4)
     assert (rows_of(fixed_rows(array)) == array).all()
     assert rows_of(pa.chunked_array([fixed_rows(array[1:])])).tolist() == array[1:].tolist()
+    column = pa.chunked_array([fixed_rows(array)])
+    assert np.shares_memory(rows_of(column), array)  # a shard's pixels are not copied for each teacher
+    assert rows_of(column.slice(1, 1)).tolist() == array[1:2].tolist()
 
 
 def test_equal_geometries_and_tokenizers_share_one_column(make_lake, tmp_path, folders):

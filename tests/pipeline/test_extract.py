@@ -1,11 +1,12 @@
 import hashlib
-from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from common.errors import FingerprintError, ModelError
-from extractor.config import ExtractConfig
+from extractor.config import ExtractConfig, ViewsConfig
 from extractor.pipeline import extract
+from extractor.tending.verify import verify
 
 pytestmark = pytest.mark.ray
 
@@ -87,37 +88,27 @@ class TestExtract:
         assert lake.shards("features/teacher=b") == [0]
         assert lake.shards("features/teacher=broken") == []
 
-    def test_a_killed_teacher_comes_back_and_nothing_is_lost(self, make_lake, teachers, tmp_path):
-        import os
-        import signal
-        import threading
-        import time
+    def test_a_lake_of_broken_pictures_stops_early_and_says_why(self, make_lake, teachers, tmp_path):
+        lake = make_lake(tmp_path / "lake", rows=200, shard_rows=5, damaged=tuple(range(200)))
+        with pytest.raises(ModelError, match=r"'a' stopped: 5 of 5 rows .*\(5 x image not decodable\)"):
+            extract(lake.uri, ExtractConfig(teachers=named(teachers, "a")))
+        assert lake.shards("features/teacher=a") == []
+        (run,) = lake.storage.list_folders("runs")
+        assert lake.storage.read_json(f"runs/{run}/report.json")["status"] == "failed"
 
-        lake = make_lake(tmp_path / "lake", rows=400, shard_rows=20)
-        undisturbed = make_lake(tmp_path / "undisturbed", rows=400, shard_rows=20)
-        config = ExtractConfig(teachers=named(teachers, "a", "b"), micro_batch=4)
-        extract(undisturbed.uri, config)
-        killed = []
-
-        def kill_one() -> None:
-            while not lake.shards("features/teacher=a"):
-                time.sleep(0.05)
-            for entry in os.listdir("/proc"):
-                if entry.isdigit():
-                    try:
-                        title = Path(f"/proc/{entry}/cmdline").read_bytes()
-                    except OSError:
-                        continue
-                    if title.startswith(b"ray::Teacher_a") and not killed:
-                        os.kill(int(entry), signal.SIGKILL)
-                        killed.append(int(entry))
-
-        killer = threading.Thread(target=kill_one)
-        killer.start()
-        report = extract(lake.uri, config)
-        killer.join()
-        assert killed
-        assert report.shards == 40
-        for index in lake.shards():
-            for teacher in ("a", "b"):
-                assert lake.read_features(teacher, index).equals(undisturbed.read_features(teacher, index))
+    def test_views_of_one_tower_are_stored_checked_and_resumed(self, make_lake, teachers, tmp_path):
+        lake = make_lake(tmp_path / "lake", rows=12, shard_rows=6, damaged=(3,))
+        config = ExtractConfig(
+            teachers=named(teachers, "a", "hf"), towers="image", views=ViewsConfig(count=3), max_reject_fraction=0.5
+        )
+        assert extract(lake.uri, config).shards == 4
+        for teacher in ("a", "hf"):
+            table = pa.concat_tables([lake.read_features(teacher, index) for index in lake.shards()])
+            assert table["text_embedding"].null_count == 12
+            assert table["image_embedding"].null_count == 1
+            assert [len(row) for row in table["view_embeddings"].to_pylist()] == [3] * 12
+        boxes = [lake.read_features(name, 1)["view_boxes"] for name in ("a", "hf")]
+        assert boxes[0].equals(boxes[1])
+        assert verify(lake.uri).is_good
+        again = extract(lake.uri, config)
+        assert (again.shards, again.skipped) == (0, 4)

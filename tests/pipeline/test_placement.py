@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from extractor.config import ExtractConfig, HardwareConfig
-from extractor.placement import TeacherPlacement
 
 pytestmark = pytest.mark.ray
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
@@ -33,17 +32,28 @@ def run_scenario(name: str, lake, config: ExtractConfig, tmp_path: Path, seconds
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
-def test_nine_teachers_hold_nine_gpus_for_the_whole_run_and_load_once(make_lake, small_teachers, tmp_path):
-    lake = make_lake(tmp_path / "lake", rows=8, shard_rows=2, captions=1)
-    names = [f"t{number}" for number in range(9)]
-    folders = tuple(f"{name}={small_teachers['a']}" for name in names)
-    notes = run_scenario("pinned", lake, ExtractConfig(teachers=folders, micro_batch=2), tmp_path)
-    loads = [note for note in notes if note["what"] == "load"]
-    assert sorted(note["teacher"] for note in loads) == names  # weights are loaded once each
+@pytest.fixture(scope="module")
+def single_machine(make_lake, small_teachers, tmp_path_factory) -> list[dict]:
+    """What nine teachers, and then a waiting one with 1, 2 and 8 actors, noted on a machine of nine logical GPUs."""
+    folder = tmp_path_factory.mktemp("placement")
+    lake = make_lake(folder / "lake", rows=8, shard_rows=2, captions=1)
+    for actors in (1, 2, 8):
+        make_lake(folder / f"lake-{actors}", rows=8 * actors, shard_rows=1, captions=1)
+    config = ExtractConfig(
+        teachers=tuple(f"t{number}={small_teachers['a']}" for number in range(9)),
+        micro_batch=2,
+        hardware=HardwareConfig(prepare_tasks=1),
+    )
+    return run_scenario("single-machine", lake, config, folder)
+
+
+def test_nine_teachers_hold_nine_gpus_for_the_whole_run_and_load_once(single_machine):
+    loads = [note for note in single_machine if note["what"] == "load"]
+    assert sorted(note["teacher"] for note in loads) == [f"t{number}" for number in range(9)]  # weights load once each
     assert sorted(note["gpus"] for note in loads) == [[number] for number in range(9)]
     assert all(note["visible"] == str(note["gpus"][0]) for note in loads)
     held = {note["teacher"]: note["gpus"] for note in loads}
-    embeds = [note for note in notes if note["what"] == "embed"]
+    embeds = [note for note in single_machine if note["what"] == "embed"]
     assert len(embeds) == 9 * 4
     assert all(note["gpus"] == held[note["teacher"]] for note in embeds)
 
@@ -61,14 +71,9 @@ def busy_share(notes: list[dict]) -> float:
 
 
 @pytest.mark.parametrize("actors", [1, 2, 8])
-def test_more_gpus_for_the_teacher_that_bounds_a_run_are_kept_busy(make_lake, small_teachers, tmp_path, actors):
+def test_more_gpus_for_the_teacher_that_bounds_a_run_are_kept_busy(single_machine, actors):
     """Twice the actors, each as busy as before, is twice the rate; the wait is calibrated, so the CPU plays no part."""
-    lake = make_lake(tmp_path / "lake", rows=8 * actors, shard_rows=1, captions=1)
-    config = ExtractConfig(
-        teachers=(f"a={small_teachers['a']}",),
-        hardware=HardwareConfig(teachers={"a": TeacherPlacement(actors=actors, gpus=1)}),
-    )
-    notes = run_scenario("waiting", lake, config, tmp_path, seconds_per_shard=2.0)
+    notes = [note for note in single_machine if note["what"] == "wait" and note["actors"] == actors]
     assert len({note["pid"] for note in notes}) == actors
     assert sorted(note["shard"] for note in notes) == list(range(8 * actors))
     assert busy_share(notes) >= 0.9

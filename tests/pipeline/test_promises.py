@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fault_proxy import FaultProxy
 from processes import wait_for, workers
 
 from common.errors import FingerprintError, LakeError, LeaseError
@@ -26,7 +27,9 @@ SHARDS, SHARD_ROWS = 40, 5
 
 def settings(teachers, *names: str, **more) -> ExtractConfig:
     named = tuple(f"{name}={teachers[name]}" for name in names or teachers)
-    return ExtractConfig(teachers=named, **{"micro_batch": 4, "lease_seconds": 12, **more})
+    # One shard at a time is prepared: each further process would import torch, which takes longer than the work.
+    defaults = {"micro_batch": 4, "lease_seconds": 12, "hardware": HardwareConfig(prepare_tasks=1)}
+    return ExtractConfig(teachers=named, **{**defaults, **more})
 
 
 def embeddings(lake: Lake, teacher: str) -> pa.Table:
@@ -214,6 +217,29 @@ def test_promise_08_layout_does_not_matter(make_lake, small_teachers, undisturbe
         assert [there[row["sample_id"]] for row in expected] == expected
 
 
+def test_promise_09_a_bad_object_store_loses_and_reveals_nothing(
+    make_lake, small_teachers, undisturbed, driver, s3, s3_server, monkeypatch
+):
+    """One request in ten fails in some way, keys are odd, and a canary lies in the credentials."""
+    canaries = ("CANARYKEY0123456789", "canary/secret+of+the+store")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", canaries[0])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", canaries[1])
+    rates = {"error": 0.03, "throttle": 0.02, "reset": 0.02, "truncate": 0.03, "lost_ack": 0.03, "slow": 0.02}
+    lake = make_lake(f"{s3}/a lake=ünique", rows=60, shard_rows=SHARD_ROWS)
+    with FaultProxy(s3_server, seed=1, rates=rates) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        process = driver(lake, settings(small_teachers, lease_seconds=60))
+        assert process.wait(timeout=300) == 0, process.log.read_text()
+        assert all(proxy.counts[kind] for kind in ("error", "truncate", "lost_ack")), proxy.counts
+    for name, table in undisturbed[0].items():
+        assert lake.files(f"features/teacher={name}") == list(range(60 // SHARD_ROWS))
+        assert embeddings(lake, name).equals(table.slice(0, 60))
+    everything = lake.storage.fs.find(lake.storage.path())
+    assert any(path.endswith("report.html") for path in everything)
+    shown = [process.log.read_bytes(), *(lake.storage.fs.cat_file(path) for path in everything)]
+    assert not [text for text in shown for canary in canaries if canary.encode() in text]
+
+
 def test_promise_10_shards_larger_than_the_batch_are_embedded_whole(make_lake, small_teachers, undisturbed, tmp_path):
     lake = make_lake(tmp_path / "lake", rows=SHARDS * SHARD_ROWS, shard_rows=150)
     extract(lake.uri, settings(small_teachers))
@@ -236,7 +262,8 @@ def test_sigterm_ends_in_good_order_and_says_how_to_go_on(make_lake, small_teach
 
 def test_several_actors_of_a_teacher_share_its_shards(make_lake, small_teachers, undisturbed, tmp_path):
     lake = make_lake(tmp_path / "lake", rows=SHARDS * SHARD_ROWS, shard_rows=SHARD_ROWS)
-    report = extract(lake.uri, settings(small_teachers, hardware=HardwareConfig(actors_per_teacher=2)))
+    two = HardwareConfig(prepare_tasks=1, actors_per_teacher=2)
+    report = extract(lake.uri, settings(small_teachers, hardware=two))
     assert same_as(undisturbed, lake)
-    devices = lake.storage.read_json(f"runs/{report.run}/report.json")["devices"]
-    assert len(devices) >= 1
+    stages = lake.storage.read_json(f"runs/{report.run}/report.json")["stages"]
+    assert [stages[f"teacher={name}"]["workers"] for name in ("a", "b")] == [2, 2]

@@ -14,7 +14,10 @@ import pyarrow as pa
 from common.schemas import features_schema
 from extractor.config import ExtractConfig
 from extractor.events import EmbedFacts
+from extractor.placement import TeacherPlacement
 from extractor.teachers import Embedded, Teacher
+
+WAIT_SECONDS = 2.0
 
 
 def note(**facts) -> None:
@@ -46,7 +49,9 @@ class WatchedTeacher(Teacher):
 
 
 class WaitingTeacher:
-    """No model at all: a shard takes exactly as long as it is told, and the CPU stays free."""
+    """No model at all: a shard takes exactly ``WAIT_SECONDS``, and the CPU stays free."""
+
+    actors = 1
 
     def __init__(self, teacher, *_):
         self.dim = teacher.description.image_dim
@@ -56,25 +61,30 @@ class WaitingTeacher:
 
     def embed(self, prepared):
         started = time.time()
-        time.sleep(float(os.environ["SECONDS_PER_SHARD"]))
+        time.sleep(WAIT_SECONDS)
         rows, shard = prepared.num_rows, prepared["shard"][0].as_py()
         unit = pa.array([[1.0] + [0.0] * (self.dim - 1)] * rows, pa.list_(pa.float32(), self.dim))
         lengths = pa.array([1.0] * rows, pa.float32())
         schema = features_schema(self.dim, self.dim)
         extra = pa.array([[]] * rows, schema.field("extra_text_embeddings").type)
         columns = [prepared["sample_id"].combine_chunks(), unit, lengths, unit, lengths, extra]
-        note(what="wait", shard=shard, pid=os.getpid(), started=started, finished=time.time())
+        note(what="wait", actors=self.actors, shard=shard, pid=os.getpid(), started=started, finished=time.time())
         return Embedded(EmbedFacts(shard, rows, forwards=1), pa.table(columns, schema=schema))
 
 
-def single_node(lake: str, config: ExtractConfig, kind: type, gpus: int) -> None:
+def single_machine(lake: str, config: ExtractConfig) -> None:
+    """Nine real teachers at once; then one that only waits, with 1, 2 and 8 actors on a lake of their own each."""
     import ray
 
     from extractor.pipeline import extract
 
-    ray.init(num_cpus=4, num_gpus=gpus, include_dashboard=False, log_to_driver=False, object_store_memory=500 << 20)
+    ray.init(num_cpus=4, num_gpus=9, include_dashboard=False, log_to_driver=False, object_store_memory=500 << 20)
     try:
-        extract(lake, config, kind)
+        extract(lake, config, WatchedTeacher)
+        for actors in (1, 2, 8):
+            hardware = config.hardware.model_copy(update={"teachers": {"t0": TeacherPlacement(actors=actors, gpus=1)}})
+            alone = config.model_copy(update={"teachers": config.teachers[:1], "hardware": hardware})
+            extract(f"{lake}-{actors}", alone, type(f"WaitingTeacher{actors}", (WaitingTeacher,), {"actors": actors}))
     finally:
         ray.shutdown()
 
@@ -121,10 +131,8 @@ def main() -> None:
     name, lake, config_file, log = sys.argv[1:5]
     os.environ["SCENARIO_LOG"] = log
     config = ExtractConfig.model_validate_json(Path(config_file).read_text())
-    if name == "pinned":
-        single_node(lake, config, WatchedTeacher, 9)
-    elif name == "waiting":
-        single_node(lake, config, WaitingTeacher, 16)
+    if name == "single-machine":
+        single_machine(lake, config)
     elif name == "lost-node":
         lost_node(lake, config)
     else:

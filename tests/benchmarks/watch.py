@@ -1,0 +1,104 @@
+"""What a run takes, looked at a few times a second: memory and CPU time of all its processes, Ray's object store."""
+
+import contextlib
+import threading
+from typing import Any, Self
+
+import psutil
+
+LOOK_SECONDS = 0.25
+
+
+class _Onlooker:
+    """Looks at something again and again, on a thread of its own, while the context is open."""
+
+    def __init__(self) -> None:
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._look_on, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+        self.look()
+
+    def _look_on(self) -> None:
+        while not self._stopped.wait(LOOK_SECONDS):
+            self.look()
+
+    def look(self) -> None:
+        """Look once."""
+        raise NotImplementedError
+
+
+class CpuMeter(_Onlooker):
+    """CPU time of this process and all its descendants, those among them that come and go.
+
+    A process that ends takes at most ``LOOK_SECONDS`` of its time out of the account.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._before: dict[psutil.Process, float] = {}
+        self._last: dict[psutil.Process, float] = {}
+        self.look()
+        self._before = dict(self._last)
+
+    @property
+    def seconds(self) -> float:
+        """Used since the meter was made."""
+        return sum(self._last.values()) - sum(self._before.values())
+
+    def look(self) -> None:
+        """Note what every process has used so far."""
+        for process in tree():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                used = process.cpu_times()
+                self._last[process] = used.user + used.system
+
+
+class MemoryWatch(_Onlooker):
+    """Greatest memory of this process and all its descendants. Ray must be initialised.
+
+    Attributes:
+        peaks: ``rss`` (pages of the object store count once for each process that has touched them), ``pss`` (shared
+            pages count once) and ``uss`` (pages of one process alone), sums over the processes; ``object_store``: what
+            it held. All in bytes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peaks = dict.fromkeys(("rss", "pss", "uss", "object_store"), 0.0)
+
+    def look(self) -> None:
+        """Note what is greater than before."""
+        seen = {**memory_of_tree(), "object_store": float(store_statistics().object_store_bytes_used)}
+        self.peaks = {name: max(peak, seen[name]) for name, peak in self.peaks.items()}
+
+
+def tree() -> list[psutil.Process]:
+    """This process and all its descendants."""
+    return [psutil.Process(), *psutil.Process().children(recursive=True)]
+
+
+def memory_of_tree() -> dict[str, float]:
+    """RSS, PSS and USS of this process and its descendants, summed, in bytes."""
+    total = dict.fromkeys(("rss", "pss", "uss"), 0.0)
+    for process in tree():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            found = process.memory_full_info()
+            for name in total:
+                total[name] += getattr(found, name)
+    return total
+
+
+def store_statistics() -> Any:
+    """Ray's own account of the object store: bytes used and capacity now, bytes spilled since it started."""
+    import ray
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+    state = get_state_from_address(ray.get_runtime_context().gcs_address)
+    return get_memory_info_reply(state).store_stats
