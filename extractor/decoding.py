@@ -123,7 +123,6 @@ class PictureDecoder:
             try:
                 for message in self._ask({**request, "start": start}, source, target, target_map):
                     done.errors[message["row"]] = (message["reason"], message["detail"])
-                return
             except _LostChildError as lost:
                 died_at = int(np.frombuffer(target_map, np.int64, 1)[0])
                 done.kills += 1
@@ -137,6 +136,8 @@ class PictureDecoder:
                     done.errors[died_at] = (lost.args[0], lost.args[1])
                     died_at += 1
                 start = died_at
+            else:
+                return
 
     def close(self) -> None:
         """Kill the child; the next shard starts another."""
@@ -181,10 +182,10 @@ class PictureDecoder:
         """Send a request; yield what the child says of failed rows until it is done."""
         assert self._connection is not None, "started by the caller"
         np.frombuffer(target_map, np.int64, 1)[0] = NOT_BEGUN
-        message = json.dumps(request).encode() + b"\n"
+        asked = json.dumps(request).encode() + b"\n"
         try:
-            sent = socket.send_fds(self._connection, [message], [source.fileno(), target.fileno()])
-            self._connection.sendall(message[sent:])
+            sent = socket.send_fds(self._connection, [asked], [source.fileno(), target.fileno()])
+            self._connection.sendall(asked[sent:])
         except (BrokenPipeError, ConnectionResetError) as error:
             raise _LostChildError("decoder crashed", self._epitaph()) from error
         for message in self._messages(None, target_map):

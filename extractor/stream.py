@@ -11,12 +11,14 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from common.errors import ClusterError
+from common.errors import ClusterError, MmkdError
 from common.logs import duration
 from extractor.prepare import Prepare
 
 STALL_SECONDS = 1800.0
 """A stream that gives nothing for so long, while it is being asked, will never give anything."""
+_ADVICE = "\nFailed to apply UDF"
+"""So begins what Ray Data puts behind an error's own words."""
 _LOOK_SECONDS = 0.2
 _PAUSE_SECONDS = 10.0
 """Who has not asked for so long had no need; the wait begins anew."""
@@ -31,16 +33,21 @@ def prepared_shards(prepare: Prepare, tasks: int) -> Iterator[tuple[int, Any]]:
     Args:
         prepare: What to do.
         tasks: Shards that are prepared at the same time.
+
+    Raises:
+        MmkdError: A shard cannot be prepared.
     """
-    context = ray.data.DataContext.get_current()
+    context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = None  # a shard is never split
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
     # Ray Data's own clock also runs while nobody takes what is ready: teachers may load or work for longer than that.
     context.execution_no_progress_timeout_s = -1
+    context.raise_original_map_exception = True  # Ray Data's own would hide which of ours it is
     shards = list(prepare.todo)
-    source = ray.data.from_items([{"shard": index} for index in shards], override_num_blocks=len(shards))
+    with ray.data.DataContext.current(context):
+        source = ray.data.from_items([{"shard": index} for index in shards], override_num_blocks=len(shards))
     call: Any = _call  # Ray's stubs know functions of one argument only
     # Tasks, not actors: a dead worker is retried by Ray, and what is worth keeping (tokenizers, the decoder's process)
     # stays in its process.
@@ -52,7 +59,11 @@ def prepared_shards(prepare: Prepare, tasks: int) -> Iterator[tuple[int, Any]]:
         batch_size=1,
     )
     blocks = (entry.ref for bundle in prepared.iter_internal_ref_bundles() for entry in bundle.blocks)
-    yield from zip(shards, blocks, strict=True)
+    try:
+        yield from zip(shards, blocks, strict=True)
+    except MmkdError as error:
+        cause = getattr(error, "cause", error)
+        raise type(cause)(str(cause).partition(_ADVICE)[0]) from error
 
 
 def _call(batch: Any, step: Callable[[Any], pa.Table]) -> pa.Table:
@@ -103,8 +114,8 @@ class Feeder:
                 raise self._error
         elif now - self._waiting_since > self._stall_seconds:
             raise ClusterError(
-                f"No shard was prepared within {duration(self._stall_seconds)}. Look with `ray status` whether CPUs are "
-                "free for it, and in Ray's logs whether its processes are killed (memory: smaller shards, or fewer "
+                f"No shard was prepared within {duration(self._stall_seconds)}. Look with `ray status` whether CPUs "
+                "are free for it, and in Ray's logs whether its processes are killed (memory: smaller shards, or fewer "
                 "prepare_tasks); then run the same command again to go on."
             )
         return None

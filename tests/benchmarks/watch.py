@@ -1,4 +1,4 @@
-"""What a run takes, looked at a few times a second: memory and CPU time of all its processes, Ray's object store."""
+"""What a run takes, looked at again and again: memory and CPU time of all its processes, Ray's object store."""
 
 import contextlib
 import threading
@@ -7,12 +7,15 @@ from typing import Any, Self
 import psutil
 
 LOOK_SECONDS = 0.25
+MEMORY_LOOK_SECONDS = 1.0
+"""Reading a process's shared pages costs the kernel milliseconds."""
 
 
 class _Onlooker:
     """Looks at something again and again, on a thread of its own, while the context is open."""
 
-    def __init__(self) -> None:
+    def __init__(self, every: float = LOOK_SECONDS) -> None:
+        self.every = every
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._look_on, daemon=True)
 
@@ -26,7 +29,7 @@ class _Onlooker:
         self.look()
 
     def _look_on(self) -> None:
-        while not self._stopped.wait(LOOK_SECONDS):
+        while not self._stopped.wait(self.every):
             self.look()
 
     def look(self) -> None:
@@ -70,7 +73,7 @@ class MemoryWatch(_Onlooker):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(MEMORY_LOOK_SECONDS)
         self.peaks = dict.fromkeys(("rss", "pss", "uss", "object_store"), 0.0)
 
     def look(self) -> None:
@@ -97,8 +100,7 @@ def memory_of_tree() -> dict[str, float]:
 
 def store_statistics() -> Any:
     """Ray's own account of the object store: bytes used and capacity now, bytes spilled since it started."""
-    import ray
-    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+    from ray._private.internal_api import get_memory_info_reply
+    from ray._private.state import state
 
-    state = get_state_from_address(ray.get_runtime_context().gcs_address)
     return get_memory_info_reply(state).store_stats

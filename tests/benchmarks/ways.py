@@ -56,10 +56,11 @@ def marginal_rate(rows: list[int], seconds: list[float]) -> float:
 
 def warn_of_short(answer: dict[str, list[float]]) -> None:
     """Say so if the shorter run of extract was mostly start-up."""
-    if answer["seconds"][0] < ENOUGH * answer["first_file_seconds"][0]:
+    whole, first = answer["seconds"][0], answer["first_file_seconds"][0]
+    if whole < ENOUGH * first:
         print(
-            f"The shorter run took {answer['seconds'][0]:.0f} s, its first file {answer['first_file_seconds'][0]:.0f} s: "
-            "too much was prepared during the start for its rate to mean much. Raise --rows.",
+            f"The shorter run took {whole:.0f} s, and {first:.0f} s until its first file: too much was prepared during "
+            "the start for its rate to mean much. Raise --rows, or wait until the machine is idle.",
             file=sys.stderr,
         )
 

@@ -7,17 +7,19 @@ from common.errors import ClusterError
 from extractor.stream import Feeder
 
 
-def take_all(feeder: Feeder) -> list:
-    taken = []
+def take_all(feeder: Feeder, taken: list) -> None:
     while not feeder.is_done:
-        if (item := feeder.next()) is not None:
+        if (item := feeder.next()) is None:
+            time.sleep(0.01)
+        else:
             taken.append(item)
-    return taken
 
 
 def test_a_feeder_gives_everything_once_in_order():
     items = [(shard, f"table {shard}") for shard in range(50)]
-    assert take_all(Feeder(iter(items))) == items
+    taken: list = []
+    take_all(Feeder(iter(items)), taken)
+    assert taken == items
 
 
 def test_what_ends_a_stream_early_comes_after_what_it_gave():
@@ -27,9 +29,7 @@ def test_what_ends_a_stream_early_comes_after_what_it_gave():
 
     feeder, taken = Feeder(broken()), []
     with pytest.raises(ValueError, match="the pairs cannot be read"):
-        while not feeder.is_done:
-            if (item := feeder.next()) is not None:
-                taken.append(item)
+        take_all(feeder, taken)
     assert taken == [(0, "table")]
     assert not feeder.is_done
 
@@ -58,9 +58,7 @@ def test_a_stream_that_gives_nothing_while_it_is_asked_is_an_error():
 
     feeder = Feeder(silent(), stall_seconds=0.2)
     with pytest.raises(ClusterError, match="No shard was prepared"):
-        while True:
-            assert feeder.next() is None
-            time.sleep(0.01)
+        take_all(feeder, [])
     over.set()
 
 

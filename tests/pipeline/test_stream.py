@@ -1,0 +1,59 @@
+"""Prepared shards through Ray Data: what reaches the driver, and when it takes long."""
+
+import time
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from common.errors import StorageError
+from extractor.stream import prepared_shards
+
+pytestmark = pytest.mark.ray
+
+
+class Preparing:
+    """Prepares a shard slowly, or not at all."""
+
+    todo = {4: ("a",), 2: ("a",), 9: ("a",)}
+
+    def __init__(self, seconds: float = 0.0, broken: int | None = None) -> None:
+        self.seconds, self.broken = seconds, broken
+
+    def __call__(self, batch):
+        (shard,) = batch["shard"]
+        time.sleep(self.seconds)
+        if shard == self.broken:
+            raise StorageError(f"Could not read shard {shard}.")
+        rows = 0 if shard == 2 else 3
+        return pa.table({"shard": pa.array(np.full(rows, shard, np.int32))})
+
+
+def taken(prepare) -> list:
+    import ray
+
+    return [(shard, ray.get(block).num_rows) for shard, block in prepared_shards(prepare, 1)]
+
+
+def test_a_block_is_a_shard_in_the_order_asked_for_also_when_it_is_empty(ray_local):
+    assert taken(Preparing()) == [(4, 3), (2, 0), (9, 3)]
+
+
+def test_no_clock_of_ray_data_runs_and_its_settings_are_left_alone(ray_local):
+    import ray
+
+    settings = ray.data.DataContext.get_current()
+    before = settings.execution_no_progress_timeout_s, settings.target_max_block_size
+    settings.execution_no_progress_timeout_s = 1.0
+    try:
+        assert len(taken(Preparing(seconds=2.5))) == 3
+        assert settings.execution_no_progress_timeout_s == 1.0
+        assert settings.target_max_block_size == before[1] is not None
+    finally:
+        settings.execution_no_progress_timeout_s = before[0]
+
+
+def test_an_error_keeps_its_class_and_its_words(ray_local):
+    with pytest.raises(StorageError) as caught:
+        taken(Preparing(broken=9))
+    assert str(caught.value) == "Could not read shard 9."
