@@ -67,6 +67,8 @@ class PictureDecoder:
         self._child: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
         self._unread = b""
+        self.kills = 0
+        """Child processes that were lost so far."""
 
     @property
     def pid(self) -> int | None:
@@ -126,6 +128,7 @@ class PictureDecoder:
             except _LostChildError as lost:
                 died_at = int(np.frombuffer(target_map, np.int64, 1)[0])
                 done.kills += 1
+                self.kills += 1
                 self.close()
                 if died_at == NOT_BEGUN:
                     fruitless += 1

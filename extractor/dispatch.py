@@ -13,8 +13,8 @@ from typing import Any
 
 import ray
 
-from common.errors import LakeError, MmkdError, ModelError
-from common.logs import logger
+from common.errors import LakeError, MmkdError, ModelError, StorageError
+from common.logs import duration, logger
 from extractor.events import EmbedFacts, FileDone
 from extractor.pools import PATIENCE_SECONDS, Job, Seat, TeacherPool, last_line
 from extractor.writing import WriteOrder, write_file
@@ -23,6 +23,9 @@ MAX_ATTEMPTS = 3
 """A shard that so many processes of a teacher did not survive is that teacher's end."""
 FEW_REJECTS = 10
 """So many bad rows never stop a teacher by themselves."""
+LONG_SECONDS = 600.0
+"""A shard that takes longer is worth a line."""
+LAST_WRITE_SECONDS = 10.0
 WRITER_CPUS = 0.25
 """A writer mostly waits for storage."""
 
@@ -55,6 +58,7 @@ class Dispatcher:
         self._embedding: dict[Any, tuple[Job, Seat, Any]] = {}
         self._writing: dict[Any, tuple[Job, EmbedFacts]] = {}
         self._micro_batches: dict[str, int] = {}
+        self._kills_noted: set[int] = set()
         self._said = time.monotonic()
         self._write: Any = ray.remote(write_file).options(num_cpus=WRITER_CPUS, max_retries=5)
 
@@ -108,44 +112,58 @@ class Dispatcher:
         return events
 
     def _say_who_is_missing(self) -> None:
-        """A line now and then while shards wait for a teacher of which no actor is there."""
-        missing = [pool for pool in self.pools.values() if pool.queue and not pool.is_ready()]
-        if not missing or time.monotonic() - self._said < PATIENCE_SECONDS:
+        """A line now and then while shards wait for a teacher of which no actor is there, or none that answers."""
+        moment = time.monotonic()
+        if moment - self._said < PATIENCE_SECONDS:
             return
-        self._said = time.monotonic()
-        free = ray.available_resources().get("GPU", 0)
-        names = ", ".join(pool.name for pool in missing)
-        logger.info("extract: waiting for %s to load or to be placed (%g GPUs free)", names, free)
+        self._said = moment
+        missing = [pool.name for pool in self.pools.values() if pool.queue and not pool.is_ready()]
+        if missing:
+            free = ray.available_resources().get("GPU", 0)
+            logger.info("extract: waiting for %s to load or to be placed (%g GPUs free)", ", ".join(missing), free)
+        for pool in self.pools.values():
+            for seat in pool.seats:
+                shard, since = next(iter(seat.jobs.items()), (0, moment))
+                if moment - since > LONG_SECONDS:
+                    logger.warning(
+                        "extract: %s has been at shard %d for %s", pool.name, shard, duration(moment - since)
+                    )
 
     def close(self) -> None:
-        """End all actors; files that are being written are left to their writers or never appear."""
+        """End all actors and writers: a file that is nearly written is waited for, no other appears later."""
+        if not ray.is_initialized():
+            return  # asking Ray for anything would start another
         for pool in self.pools.values():
             pool.close()
+        writing, self._writing = list(self._writing), {}
+        for reference in writing:
+            ray.cancel(reference)
+        if writing:
+            ray.wait(writing, num_returns=len(writing), timeout=LAST_WRITE_SECONDS, fetch_local=False)
 
     def _seat_jobs(self) -> None:
         for pool in self.pools.values():
             while pool.queue and (seat := pool.next_seat()) is not None:
                 job = pool.queue.popleft()
                 facts, features = seat.actor.embed.options(num_returns=2).remote(job.block)
-                seat.jobs.add(job.shard)
+                seat.jobs[job.shard] = time.monotonic()
                 self._embedding[facts] = (job, seat, features)
 
     def _seated(self, pool: TeacherPool, reference: Any, events: list[FileDone]) -> None:
-        try:
-            pool.seated(reference)
-        except ModelError as error:
-            pool.fail(str(error))
+        if pool.failure is not None:
+            return
+        pool.seated(reference)
         if pool.failure is not None:
             self._give_up(pool, events)
 
     def _embedded(self, job: Job, seat: Seat, features: Any, reference: Any, events: list[FileDone]) -> None:
         pool = self.pools[job.teacher]
-        seat.jobs.discard(job.shard)
         if pool.failure is not None:
             return
         try:
             facts: EmbedFacts = ray.get(reference)
         except ray.exceptions.ObjectLostError:  # the prepared table went with its node
+            del seat.jobs[job.shard]
             self.unfinished.add((job.shard, job.teacher))
             self._close_job(job.shard, job.teacher)
             return
@@ -159,9 +177,13 @@ class Dispatcher:
         except ray.exceptions.RayError as error:
             self._again(job, seat, f"its process died ({last_line(error)})", events)
             return
+        del seat.jobs[job.shard]
         if facts.shard != job.shard:
             raise LakeError(f"A prepared table of shard {facts.shard} came where shard {job.shard} was expected.")
         self._note_device(pool, facts)
+        if facts.decoder_kills and job.shard not in self._kills_noted:
+            self._kills_noted.add(job.shard)
+            self.on_note("decoder killed", f"{facts.decoder_kills} decoding processes were lost at shard {job.shard}")
         if (reason := self._too_many_rejects(pool, facts)) is not None:
             pool.fail(reason)
             self._give_up(pool, events)
@@ -175,6 +197,8 @@ class Dispatcher:
         except ray.exceptions.RayTaskError as error:
             if isinstance(error, MmkdError):
                 raise  # storage is gone, or the lake is another run's
+            if isinstance(error, FileNotFoundError):
+                raise StorageError(f"{self.order.lake_uri} is not there any more: {last_line(error)}") from error
             self._again(job, None, last_line(error), events)
             return
         except ray.exceptions.RayError as error:  # the embeddings were lost with their node
@@ -203,18 +227,23 @@ class Dispatcher:
     def _again(self, job: Job, seat: Seat | None, why: str, events: list[FileDone]) -> None:
         """Another process takes the shard, unless too many have failed on it."""
         pool = self.pools[job.teacher]
+        if pool.failure is not None:
+            self._close_job(job.shard, job.teacher)
+            return
         if seat is not None and seat in pool.seats:
             pool.lost(seat)
             self.on_note("restart", f"a process of teacher {job.teacher} was replaced at shard {job.shard}: {why}")
         if pool.failure is not None:
             self._give_up(pool, events)
             return
-        if job.attempts + 1 >= MAX_ATTEMPTS:
+        # A shard that only waited in a process that died is not to blame for it.
+        attempts = job.attempts + (seat is None or seat.died_at == job.shard)
+        if attempts >= MAX_ATTEMPTS:
             pool.fail(f"shard {job.shard} failed {MAX_ATTEMPTS} times, the last time with: {why}")
             self._give_up(pool, events)
             return
         logger.info("extract: shard %d goes to another process of %s: %s", job.shard, job.teacher, why)
-        pool.queue.appendleft(replace(job, attempts=job.attempts + 1))
+        pool.queue.appendleft(replace(job, attempts=attempts))
 
     def _give_up(self, pool: TeacherPool, events: list[FileDone]) -> None:
         """Forget a failed teacher's work; what the others hold stays."""
@@ -240,9 +269,9 @@ class Dispatcher:
             text = f"{teacher} at {facts.device} holds a GPU but torch finds no CUDA there; it runs on the CPU"
             logger.warning("extract: %s", text)
             self.on_note("GPU not used", text)
-        before = self._micro_batches.setdefault(facts.device, facts.micro_batch)
+        before = self._micro_batches.get(facts.device, pool.micro_batch)
+        self._micro_batches[facts.device] = facts.micro_batch
         if facts.micro_batch < before:
-            self._micro_batches[facts.device] = facts.micro_batch
             self.on_note(
                 "out of memory",
                 f"{teacher} at {facts.device}: the GPU ran out of memory; its micro-batch went from {before} to "
@@ -256,7 +285,7 @@ class Dispatcher:
         pool.rejected += bad
         pool.reasons.update(reason for _, reason, _ in facts.rejects)
         # A few bad rows of a small lake are still only bad rows, unless there is nothing else.
-        if pool.rejected <= max(self.max_reject_fraction * pool.rows, min(FEW_REJECTS, pool.rows - 1)):
+        if pool.rejected <= max(self.max_reject_fraction * pool.rows, min(FEW_REJECTS, max(pool.rows - 1, 1))):
             return None
         top = ", ".join(f"{rows} x {reason}" for reason, rows in pool.reasons.most_common(3))
         return f"{pool.rejected} of {pool.rows} rows were rejected ({top})"

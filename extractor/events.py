@@ -70,3 +70,5 @@ class EmbedFacts:
     """Rows per forward pass; smaller than asked for after the GPU ran out of memory."""
     device: str = ""
     """Node, device and process."""
+    decoder_kills: int = 0
+    """Decoding processes that were lost while the shard was prepared."""

@@ -21,6 +21,8 @@ class _Result(NamedTuple):
     copied: torch.cuda.Event | None = None
 
 
+MANY_ROWS = 8
+"""So many rows never fail alike by themselves."""
 _STAGES = 2
 """Pinned buffers: one is filled while the other is being copied to the GPU."""
 
@@ -55,7 +57,7 @@ class MicroBatches:
 
         Raises:
             torch.OutOfMemoryError: Not even one row fits.
-            RuntimeError: The device is lost.
+            RuntimeError: The device is lost, or all rows of a pass fail alike: that is no row's fault.
         """
         vectors, norms = np.empty((len(inputs), dim), np.float32), np.full(len(inputs), np.nan, np.float32)
         failures: dict[int, str] = {}
@@ -71,7 +73,10 @@ class MicroBatches:
                     continue
             # Out here the traceback of the failed pass no longer holds its tensors.
             self._insist_on_device()
-            start = self._one_by_one(tower, inputs, start, vectors, norms, failures)
+            first, start = start, self._one_by_one(tower, inputs, start, vectors, norms, failures)
+            said = {failures.get(row) for row in range(first, start)}
+            if start - first >= MANY_ROWS and len(said) == 1 and None not in said:
+                raise RuntimeError(f"all {start - first} rows of a pass fail alike: {said.pop()}")
         vectors[~np.isfinite(norms)] = 0
         return vectors, norms, failures
 

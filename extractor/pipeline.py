@@ -85,7 +85,8 @@ def extract(lake_uri: str, config: ExtractConfig, kind: type = Teacher) -> Extra
     Raises:
         LakeError: No lake, or a partition there was produced by something else.
         LeaseError: Another run is at work on one of the teachers.
-        ModelError: A teacher is unknown, does not load, or cannot go on; what the others could do is done.
+        ModelError: A teacher is unknown or does not load, and nothing is done; or it cannot go on, and what the others
+            could do is done.
         ClusterError: The cluster has less than what is asked for.
         StoppedError: SIGTERM or SIGINT came.
     """
@@ -201,15 +202,21 @@ class Engine:
         try:
             wait_until_seated(dispatcher.pools, lambda: self.stop.asked)
             self._record_teachers(dispatcher, accepted)
-            while not (feeder.is_done and dispatcher.in_flight == 0):
+            taken, failed, last = 0, -1, len(todo)
+            while dispatcher.in_flight or not (feeder.is_done or taken > last):
+                if len(dispatcher.failures) != failed:
+                    failed = len(dispatcher.failures)
+                    last = _last_wanted(todo, dispatcher.failures)
                 if self.leases.lost:
-                    raise LeaseError(f"{self.lake.uri}: another run has taken over the teachers; this one ends here.")
+                    raise LeaseError(
+                        f"{self.lake.uri}: the lease was lost: another run took over, or the storage was out of reach "
+                        f"for {config.lease_seconds:g} s. What was finished is kept; run the same command again."
+                    )
                 if self.stop.asked:
                     yield from self._wind_up(dispatcher)
-                if len(dispatcher.failures) == len(dispatcher.pools):
-                    return
                 while dispatcher.in_flight < room and (item := feeder.next()) is not None:
                     shard, block = item
+                    taken += 1
                     dispatcher.submit(shard, block, todo[shard])
                 yield from dispatcher.poll(POLL_SECONDS)
                 show()
@@ -267,7 +274,7 @@ class Engine:
         for name, files in written.items():
             try:
                 record_valid(self.lake, name, self.identities[name], files, pairs)
-            except MmkdError as error:
+            except (MmkdError, OSError) as error:
                 logger.warning("extract: the next run will check the files of %s again: %s", name, error)
 
     def _account(
@@ -307,6 +314,12 @@ class Engine:
 def _spare_cpus() -> int:
     """Shards to prepare at the same time: one per CPU, but for one that writes."""
     return max(1, int(ray.cluster_resources().get("CPU", 2)) - 1)
+
+
+def _last_wanted(todo: Todo, failures: Mapping[str, str]) -> int:
+    """Position of the last shard that a teacher which still works lacks; -1 if there is none."""
+    wanted = (place for place, names in enumerate(todo.values()) if not failures.keys() >= set(names))
+    return max(wanted, default=-1)
 
 
 def _as_todo(missing: set[tuple[int, str]]) -> Todo:

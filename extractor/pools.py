@@ -20,6 +20,8 @@ QUEUE = 2
 """Shards an actor may hold: one at work, one that is there when it is done."""
 MAX_FAILED_STARTS = 3
 """So often in a row may an actor's process die while it loads; its place is given up then."""
+OWN_ERROR = "common.errors."
+"""In the text of a remote error that is one of this project's."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,11 @@ class Seat:
     actor: Any
     loading: Any
     """Reference that is ready when the weights are; None from then on."""
-    jobs: set[int] = field(default_factory=set)
+    jobs: dict[int, float] = field(default_factory=dict)
+    """Shard -> when it was given, oldest first: that one is at work."""
     failed_starts: int = 0
+    died_at: int | None = None
+    """The shard at work when the process died."""
 
 
 class TeacherPool:
@@ -61,6 +66,7 @@ class TeacherPool:
         remote: Any = ray.remote(type(f"Teacher_{name}", (kind,), {}))
         self._kind = remote.options(**ray_options(placement), max_restarts=0, max_task_retries=0)
         self._arguments = arguments
+        self.micro_batch: int = arguments[2]
         self.gpus = placement.gpus or 0.0
         """Of each actor."""
         self.seats = [self._start() for _ in range(placement.actors or 1)]
@@ -88,20 +94,21 @@ class TeacherPool:
         return any(seat.loading is None for seat in self.seats)
 
     def seated(self, loading: Any) -> None:
-        """A loading reference has an answer: the actor is there, or its process died.
+        """A loading reference has an answer: the actor is there, or it did not start.
 
-        Raises:
-            ModelError: The model does not load.
+        A model that does not load would not load in another process either, and ends the teacher. Anything else (a GPU
+        whose memory is not free yet, a machine that went) is tried again a few times.
         """
-        seat = next(seat for seat in self.seats if seat.loading == loading)
+        seat = next((seat for seat in self.seats if seat.loading == loading), None)
+        if seat is None:
+            return  # the teacher was given up meanwhile
         try:
             self.logit_scale = ray.get(loading)
-        except ray.exceptions.RayActorError as error:
-            cause = getattr(error, "cause", None) or error
-            if not isinstance(error, ray.exceptions.ActorDiedError) or "creation task" in str(error).lower():
-                # The constructor raised: another process would say the same.
-                raise ModelError(f"Teacher {self.name!r} did not start: {last_line(cause)}") from error
-            self._replace(seat, seat.failed_starts + 1)
+        except ray.exceptions.RayError as error:
+            if OWN_ERROR in str(error):
+                self.fail(f"it did not load: {last_line(error)}")
+            else:
+                self._replace(seat, seat.failed_starts + 1, last_line(error))
         else:
             seat.loading, seat.failed_starts = None, 0
 
@@ -109,19 +116,20 @@ class TeacherPool:
         """An actor's process has died or is of no more use; another takes its place."""
         if seat not in self.seats:
             return  # noticed before, by another of its shards
+        seat.died_at = next(iter(seat.jobs), None)
         ray.kill(seat.actor)
-        self._replace(seat, 0)
+        self._replace(seat, 0, "it died at work")
 
-    def _replace(self, seat: Seat, failed_starts: int) -> None:
+    def _replace(self, seat: Seat, failed_starts: int, why: str) -> None:
         self.restarts += 1
         self.seats.remove(seat)
         if failed_starts < MAX_FAILED_STARTS:
-            logger.warning("extract: a process of teacher %s died; another is being started", self.name)
+            logger.warning("extract: another process of teacher %s is being started: %s", self.name, why)
             fresh = self._start()
             fresh.failed_starts = failed_starts
             self.seats.append(fresh)
         elif not self.seats:
-            self.fail(f"its process died {failed_starts} times while it was loading")
+            self.fail(f"its process did not start {failed_starts} times in a row, the last time with: {why}")
 
     def fail(self, reason: str) -> None:
         """Give the teacher up; the others go on."""
@@ -145,11 +153,14 @@ def wait_until_seated(pools: dict[str, TeacherPool], stopped: Callable[[], objec
     """Wait until every teacher has an actor with its weights loaded, and say so when it takes long.
 
     Raises:
-        ModelError: A model does not load.
+        ModelError: A teacher does not start; better now than after hours without it.
     """
     said = time.monotonic()
     while not stopped():
-        missing = [pool for pool in pools.values() if not pool.is_ready() and pool.failure is None]
+        for pool in pools.values():
+            if pool.failure is not None:
+                raise ModelError(f"Teacher {pool.name!r} did not start: {pool.failure}")
+        missing = [pool for pool in pools.values() if not pool.is_ready()]
         if not missing:
             return
         ready, _ = ray.wait([ref for pool in missing for ref in pool.waiting], timeout=0.5)
@@ -164,6 +175,7 @@ def wait_until_seated(pools: dict[str, TeacherPool], stopped: Callable[[], objec
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of a remote traceback: what actually went wrong."""
+    """The last line of a remote traceback: what actually went wrong, in this project's own words if they are."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    text = lines[-1].strip() if lines else type(error).__name__
+    return text.partition(": ")[2] if text.startswith(OWN_ERROR) else text

@@ -23,6 +23,8 @@ from extractor.decoding import PictureDecoder
 
 SCALED_MARGIN = 2
 """A JPEG decoded at a fraction of its size keeps so many times the pixels, along a side, that any teacher needs."""
+KILLS = b"mmkd.decoder_kills"
+"""Likewise, with the decoding processes that were lost."""
 VIEW_BOXES = "view_boxes"
 SECONDS = b"mmkd.prepare_seconds"
 """Key of the prepared table's metadata with the time it took."""
@@ -88,6 +90,10 @@ _DECODERS: dict[DecodeLimits, PictureDecoder] = {}
 """Started once per worker process: its child outlives the shard."""
 
 
+def _kills() -> int:
+    return sum(decoder.kills for decoder in _DECODERS.values())
+
+
 class Prepare:
     """Turn shard numbers into prepared tables; small, so that it travels to every task.
 
@@ -123,7 +129,7 @@ class Prepare:
 
     def prepare(self, index: int) -> pa.Table:
         """Prepared table of one shard: shard, sample_id, image_error, then pixel, view and token columns."""
-        started = time.monotonic()
+        started, kills_before = time.monotonic(), _kills()
         needed = [self.inputs[name] for name in self.todo[index]]
         with_images = [item for item in needed if item.description.image_dim]
         pairs = self.lake.read_pairs(index, ["sample_id", *(["image"] if with_images else []), "captions"])
@@ -139,7 +145,9 @@ class Prepare:
         for item in needed:
             if item.description.text_dim and item.tokens not in columns:
                 columns.update(self._tokenise(item, captions))
-        return pa.table(columns).replace_schema_metadata({SECONDS: f"{time.monotonic() - started:.3f}"})
+        kills = str(_kills() - kills_before)
+        seconds = f"{time.monotonic() - started:.3f}"
+        return pa.table(columns).replace_schema_metadata({SECONDS: seconds, KILLS: kills})
 
     def _decode(self, pairs: pa.Table, geometries: dict[str, Geometry]) -> dict[str, pa.Array]:
         boxes = None

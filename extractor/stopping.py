@@ -7,6 +7,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from common.logs import logger
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -30,6 +32,7 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number).name
+        logger.info("%s: ending in good order; once more ends at once", self.asked)
         self._restore()
 
     def _restore(self) -> None:

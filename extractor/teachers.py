@@ -18,12 +18,12 @@ from common.models.load import load_model
 from common.schemas import features_schema
 from extractor.events import EmbedFacts
 from extractor.passes import MicroBatches
-from extractor.prepare import SECONDS, VIEW_BOXES, TeacherInput, restrict_like, rows_of, single_chunk
+from extractor.prepare import KILLS, SECONDS, VIEW_BOXES, TeacherInput, restrict_like, rows_of, single_chunk
 
 AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LEAST_SPREAD = 1e-3
 """Unit vectors of different inputs that differ by less in every dimension come from a broken tower."""
-FEW_INPUTS = 8
+FEW_INPUTS = 16
 """So few inputs never prove a tower constant."""
 
 
@@ -85,8 +85,14 @@ class Teacher:
         """
         started, before = time.monotonic(), self.passes.count
         description, rows = self.teacher.description, prepared.num_rows
-        seconds = (prepared.schema.metadata or {}).get(SECONDS, b"0")
-        facts = EmbedFacts(prepared["shard"][0].as_py(), rows, started_at=time.time(), prepare_seconds=float(seconds))
+        found = prepared.schema.metadata or {}
+        facts = EmbedFacts(
+            prepared["shard"][0].as_py(),
+            rows,
+            started_at=time.time(),
+            prepare_seconds=float(found.get(SECONDS, b"0")),
+            decoder_kills=int(found.get(KILLS, b"0")),
+        )
         has_views = VIEW_BOXES in prepared.column_names and bool(description.image_dim)
         schema = features_schema(description.image_dim, description.text_dim, has_views)
         columns: dict[str, pa.Array] = {"sample_id": prepared["sample_id"].combine_chunks()}

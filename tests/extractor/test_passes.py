@@ -110,3 +110,11 @@ def test_vectors_that_are_not_numbers_are_zero_and_their_norms_say_so():
     vectors, norms, _ = MicroBatches("cpu", 4).run(broken, INPUTS, 2)
     assert np.flatnonzero(~np.isfinite(norms)).tolist() == [2, 3]
     assert np.isfinite(vectors).all()
+
+
+def test_a_pass_whose_rows_all_fail_alike_is_not_the_rows_fault():
+    def broken(batch):
+        raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")
+
+    with pytest.raises(RuntimeError, match="all 8 rows of a pass fail alike: RuntimeError: CUBLAS_STATUS_ALLOC_FAILED"):
+        MicroBatches("cpu", 8).run(broken, INPUTS, 2)

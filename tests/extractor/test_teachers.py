@@ -193,16 +193,16 @@ def test_a_teacher_whose_vectors_are_all_the_same_is_refused(make_lake, tmp_path
         teacher.model.model.visual.ln_post.weight.zero_()
         teacher.model.model.visual.ln_post.bias.fill_(1.0)
         teacher.model.model.visual.proj.fill_(0.5)
-    table = prepare_shard(make_lake(tmp_path / "lake", rows=9, shard_rows=9), folders)
-    with pytest.raises(ModelError, match="the image tower gives 9 different inputs one and the same vector"):
+    table = prepare_shard(make_lake(tmp_path / "lake", rows=17, shard_rows=17), folders)
+    with pytest.raises(ModelError, match="the image tower gives 17 different inputs one and the same vector"):
         teacher.embed(table)
-    teacher.embed(table.slice(0, 7))  # too few to prove anything
+    teacher.embed(table.slice(0, 15))  # too few to prove anything
 
 
 def test_equal_pictures_may_have_equal_vectors(make_lake, tmp_path, folders):
-    table = prepare_shard(make_lake(tmp_path / "lake", rows=9, shard_rows=9), folders)
+    table = prepare_shard(make_lake(tmp_path / "lake", rows=17, shard_rows=17), folders)
     item = teacher_input(folders["a"])
-    same = rows_of(table[item.pixels])[:1].repeat(9, axis=0)
+    same = rows_of(table[item.pixels])[:1].repeat(17, axis=0)
     table = table.set_column(table.column_names.index(item.pixels), item.pixels, fixed_rows(same))
     assert Teacher(item).embed(table).features["image_embedding"].null_count == 0
 
