@@ -8,7 +8,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from material import first_shards, read_jpegs, write_lake, write_tiny_teachers
+from material import first_shards, read_jpegs, write_base_teacher, write_lake, write_tiny_teachers
 from paired import Comparison, conclude, in_turn, parser, run_way, workplace
 
 TENTH = 10
@@ -22,7 +22,8 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Comparison]
     long = write_lake(folder / "long", read_jpegs(options.data), shards * options.shard_rows, options.shard_rows)
     short = first_shards(long, folder / "short", shards // TENTH)
     settings = json.loads(options.settings)
-    teachers = write_tiny_teachers(folder, options.teachers)
+    bound = options.bound == "model"
+    teachers = write_base_teacher(folder) if bound else write_tiny_teachers(folder, options.teachers)
     names = {short: f"{shards // TENTH * options.shard_rows} rows", long: f"{shards * options.shard_rows} rows"}
     comparisons = {
         "rss": Comparison("peak memory, RSS of all processes", "GiB", TARGET, at_most=True),
@@ -32,20 +33,22 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Comparison]
     spilled = []
 
     def watch(lake: str) -> None:
-        found = run_way("watched", {"warm_up": lake, "lakes": [], "teachers": teachers, "settings": settings})
+        found = run_way("watched", {"lake": lake, "teachers": teachers, "settings": settings})
         for name, comparison in comparisons.items():
-            comparison.add(names[lake], found[name][0] / GIB)
-        spilled.append(found["spilled"][0])
+            comparison.add(names[lake], found[name] / GIB)
+        spilled.append(found["spilled"])
 
     in_turn(options.runs, {names[lake]: partial(watch, lake) for lake in (short, long)})
     said = "spilled nothing" if not any(spilled) else f"SPILLED up to {max(spilled) / GIB:.2f} GiB"
     print(f"\nThe object store {said} in {len(spilled)} runs (target: nothing).")
-    described = f"{options.teachers} tiny teachers, shards of {options.shard_rows}, settings {settings or 'default'}"
+    kind = "1 ViT-B/32" if bound else f"{options.teachers} tiny teachers"
+    described = f"{kind}, shards of {options.shard_rows}, settings {settings or 'default'}"
     return list(comparisons.values()), f"{described}; {said}"
 
 
 if __name__ == "__main__":
     arguments = parser(__doc__ or "", runs=5, rows=20480)
+    arguments.add_argument("--bound", choices=["model", "decode"], default="decode", help="model: a ViT-B/32, slow")
     arguments.add_argument("--teachers", type=int, default=2, help="how many (at most 9)")
     arguments.add_argument("--shard-rows", type=int, default=256, help="rows per shard")
     arguments.add_argument("--settings", default="{}", help='of ExtractConfig, as JSON: {"hardware": {"threads": 2}}')

@@ -49,7 +49,7 @@ def first_shard_by_command(lake: str, teachers: list[str]) -> float:
 def first_shard_by_hand(lake: str, teachers: list[str]) -> float:
     """Seconds of a process that starts, loads the models and embeds one shard."""
     started = time.perf_counter()
-    run_way("loop", {"warm_up": lake, "lakes": [], "teachers": teachers})
+    run_way("loop", {"lake": lake, "teachers": teachers})
     return time.perf_counter() - started
 
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -26,7 +27,7 @@ def parser(description: str, runs: int = 5, rows: int = 0) -> argparse.ArgumentP
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--runs", type=int, default=runs, help=f"paired runs (default {runs})")
     if rows:
-        made.add_argument("--rows", type=int, default=rows, help=f"rows of the longer lake (default {rows})")
+        made.add_argument("--rows", type=int, default=rows, help=f"rows of the lake (default {rows})")
     made.add_argument("--data", type=Path, default=default_data(), help="folder of real JPEGs (default: shared data)")
     made.add_argument("--work", type=Path, help="folder for lakes and models (default: the temporary one)")
     made.add_argument("--record", action="store_true", help="append the result to docs/benchmarks.md")
@@ -41,7 +42,7 @@ def workplace(options: argparse.Namespace) -> Iterator[Path]:
         yield Path(folder)
 
 
-def run_way(way: str, order: dict[str, object]) -> dict[str, list[float]]:
+def run_way(way: str, order: dict[str, object]) -> dict[str, float]:
     """Measure one way of :mod:`ways` in a fresh process, so that no way inherits another's memory, threads or imports.
 
     Raises:
@@ -58,6 +59,8 @@ def run_way(way: str, order: dict[str, object]) -> dict[str, list[float]]:
             done = subprocess.run(command, env=environment, stdout=stream, stderr=stream, check=False)
         if done.returncode:
             sys.exit(f"{log.read_text(errors='replace')[-6000:]}\nThe way {way!r} ended with status {done.returncode}.")
+        said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("WARNING: ")]
+        print("\n".join(said), file=sys.stderr, end="\n" if said else "")
         return json.loads(answered.read_text())
 
 
@@ -128,6 +131,22 @@ def in_turn(runs: int, ways: dict[str, Callable[[], None]]) -> None:
         for name, measure in ways.items():
             print(f"run {run + 1} of {runs}: {name} ...", file=sys.stderr, flush=True)
             measure()
+
+
+def compare_rates(
+    title: str, baseline: str, order: dict[str, object], options: argparse.Namespace, target: float
+) -> list[Comparison]:
+    """A baseline of :mod:`ways` and extract in turn, by the clock and by the CPU time that all processes take."""
+    by_clock = Comparison(title, "rows/s", target)
+    by_work = Comparison(title, "rows per CPU second of all processes")
+
+    def measure(way: str) -> None:
+        found = run_way(way, order)
+        by_clock.add(way, found["per_second"])
+        by_work.add(way, found["per_cpu_second"])
+
+    in_turn(options.runs, {way: partial(measure, way) for way in (baseline, "extract")})
+    return [by_clock, by_work]
 
 
 def conclude(comparisons: list[Comparison], options: argparse.Namespace, settings: str) -> None:

@@ -2,8 +2,10 @@
 
 import contextlib
 import threading
+import time
 from typing import Any, Self
 
+import numpy as np
 import psutil
 
 LOOK_SECONDS = 0.25
@@ -45,15 +47,19 @@ class CpuMeter(_Onlooker):
 
     def __init__(self) -> None:
         super().__init__()
-        self._before: dict[psutil.Process, float] = {}
         self._last: dict[psutil.Process, float] = {}
+        self._seen: list[tuple[float, float]] = []
         self.look()
-        self._before = dict(self._last)
 
     @property
     def seconds(self) -> float:
-        """Used since the meter was made."""
-        return sum(self._last.values()) - sum(self._before.values())
+        """Used between the first look and the last."""
+        return self._seen[-1][1] - self._seen[0][1]
+
+    def seconds_at(self, moment: float) -> float:
+        """Used until a moment (seconds since 1970), interpolated between the looks."""
+        times, used = zip(*self._seen, strict=True)
+        return float(np.interp(moment, times, used))
 
     def look(self) -> None:
         """Note what every process has used so far."""
@@ -61,6 +67,7 @@ class CpuMeter(_Onlooker):
             with contextlib.suppress(psutil.NoSuchProcess):
                 used = process.cpu_times()
                 self._last[process] = used.user + used.system
+        self._seen.append((time.time(), sum(self._last.values())))
 
 
 class MemoryWatch(_Onlooker):

@@ -1,7 +1,6 @@
 """The ways of embedding a lake that are compared, each in a process of its own: ``python ways.py WAY ORDER ANSWER``.
 
-The order names a warm-up lake and lakes to time. Every way answers with the seconds and the CPU seconds that each timed
-lake took; from two lakes of unlike length follows a rate without start-up (:func:`marginal_rate`).
+Every way answers with rows per second and per CPU second of all its processes, without its start-up.
 """
 
 import json
@@ -13,16 +12,17 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from watch import CpuMeter, MemoryWatch, store_statistics
 
 CORES = os.cpu_count() or 1
 CHUNKS_AHEAD = 3
-ENOUGH = 2.0
-"""So many times as long as until its first file should the shorter run of extract take."""
+
+
+Answer = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -30,72 +30,80 @@ class Order:
     """What to embed and with what.
 
     Attributes:
-        warm_up: A small lake that is embedded first and not timed.
-        lakes: Those that are timed, in this order.
+        lake: Its address.
         teachers: ``NAME=FOLDER`` of open_clip models.
         micro_batch: Rows per forward pass.
         settings: Further settings of extract, by their names in ExtractConfig.
     """
 
-    warm_up: str
-    lakes: list[str]
+    lake: str
     teachers: list[str]
     micro_batch: int = 64
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def marginal_rate(rows: list[int], seconds: list[float]) -> float:
-    """Rows per second (or per CPU second) by which the longer of two runs exceeds the shorter.
+def extract_way(order: Order) -> Answer:
+    """mmkd extract, with a local Ray as its command starts it.
 
-    Whatever happens once (starting Ray, loading models, preparing ahead while they load, writing the report) is in both
-    and falls out. The rate between the first and the last commit would flatter a pipeline that prepares ahead; so does
-    this one, where the shorter run ends soon after its first commit (:func:`warn_of_short`).
+    The rate is that of the second half of the commits (a line through them, since they come in bunches). While the
+    models load, shards are prepared ahead; the first commits after that come too fast to count.
     """
-    return (rows[1] - rows[0]) / (seconds[1] - seconds[0])
-
-
-def warn_of_short(answer: dict[str, list[float]]) -> None:
-    """Say so if the shorter run of extract was mostly start-up."""
-    whole, first = answer["seconds"][0], answer["first_file_seconds"][0]
-    if whole < ENOUGH * first:
-        print(
-            f"The shorter run took {whole:.0f} s, and {first:.0f} s until its first file: too much was prepared during "
-            "the start for its rate to mean much. Raise --rows, or wait until the machine is idle.",
-            file=sys.stderr,
-        )
-
-
-def extract_way(order: Order) -> dict[str, list[float]]:
-    """mmkd extract, with a local Ray as its command starts it."""
     from cluster.session import ray_session
 
-    with ray_session():
-        answer = _timed(order, partial(_extract_anew, order))
-    reports = [json.loads(next(Path(lake).glob("runs/*/report.json")).read_text()) for lake in order.lakes]
-    return {**answer, "first_file_seconds": [report["first_file_seconds"] for report in reports]}
+    with CpuMeter() as meter, ray_session():
+        started = time.time()
+        _extract_anew(order)
+        commits = _commits(order)
+    times, rows = (np.array(column[len(column) // 2 :]) for column in zip(*commits, strict=True))
+    start, second_half = commits[0][0] - started, times[-1] - times[0]
+    if second_half < start:
+        print(
+            f"WARNING: the second half of the commits took {second_half:.0f} s, the start {start:.0f} s. So much may "
+            "have been prepared during the start that the rate of extract is flattered. Raise --rows, or wait until "
+            "the machine is idle."
+        )
+    cpu = np.array([meter.seconds_at(moment) for moment in times])
+    return {
+        "per_second": float(np.polyfit(times, rows, 1)[0]),
+        "per_cpu_second": float(np.polyfit(cpu, rows, 1)[0]),
+        "start_seconds": start,
+    }
 
 
-def watched_way(order: Order) -> dict[str, list[float]]:
-    """mmkd extract on the warm-up lake alone; answers with its greatest memory and what Ray spilled, in bytes."""
+def _commits(order: Order) -> list[tuple[float, int]]:
+    """When each further shard was stored for every teacher, and how many rows were there by then."""
+    import pyarrow.parquet as pq
+
+    folders = [Path(order.lake) / "features" / f"teacher={one.partition('=')[0]}" for one in order.teachers]
+    names = sorted(file.name for file in folders[0].glob("shard-*.parquet"))
+    stored = sorted((max((folder / name).stat().st_mtime for folder in folders), name) for name in names)
+    total, commits = 0, []
+    for moment, name in stored:
+        total += pq.read_metadata(folders[0] / name).num_rows
+        commits.append((moment, total))
+    return commits
+
+
+def watched_way(order: Order) -> Answer:
+    """mmkd extract; answers with its greatest memory and what Ray spilled, in bytes, instead of rates."""
     from cluster.session import ray_session
 
     with ray_session():
         with MemoryWatch() as watch:
-            _extract_anew(order, order.warm_up)
-        found = {**watch.peaks, "spilled": float(store_statistics().spilled_bytes_total)}
-    return {name: [value] for name, value in found.items()}
+            _extract_anew(order)
+        return {**watch.peaks, "spilled": float(store_statistics().spilled_bytes_total)}
 
 
-def _extract_anew(order: Order, lake: str) -> None:
+def _extract_anew(order: Order) -> None:
     from extractor.config import ExtractConfig
     from extractor.pipeline import extract
 
     for left in ("features", "runs", "rejects"):
-        shutil.rmtree(Path(lake) / left, ignore_errors=True)
-    extract(lake, ExtractConfig(teachers=tuple(order.teachers), micro_batch=order.micro_batch, **order.settings))
+        shutil.rmtree(Path(order.lake) / left, ignore_errors=True)
+    extract(order.lake, ExtractConfig(teachers=tuple(order.teachers), micro_batch=order.micro_batch, **order.settings))
 
 
-def loop_way(order: Order) -> dict[str, list[float]]:
+def loop_way(order: Order) -> Answer:
     """What one would write by hand for one machine: one process, one decode for all teachers, nothing stored.
 
     Pillow gives the interpreter free while it decodes, so threads decode the next chunks on all cores while the models
@@ -107,11 +115,20 @@ def loop_way(order: Order) -> dict[str, list[float]]:
 
     torch.set_num_threads(CORES)
     models = [load_model(find_spec(reference, {})) for reference in order.teachers]
-    return _timed(order, partial(_embed_all, models, order.micro_batch))
+    images, captions = next(_chunks(order.lake, order.micro_batch))
+    geometries = {model.description.geometry.key: model.description.geometry for model in models}
+    with ThreadPoolExecutor(CORES) as pool:  # once untimed: tokenizers are loaded, kernels are chosen
+        _embed_chunk(models, [pool.submit(_squares, image, geometries) for image in images], captions)
+    started = time.perf_counter()
+    with CpuMeter() as meter:
+        vectors = _embed_all(models, order.micro_batch, order.lake)
+        seconds = time.perf_counter() - started
+    rows = sum(len(found[0]) for found in vectors)
+    return {"per_second": rows / seconds, "per_cpu_second": rows / meter.seconds}
 
 
-def _embed_all(models: list[Any], micro_batch: int, lake: str) -> None:
-    vectors: list[Any] = []
+def _embed_all(models: list[Any], micro_batch: int, lake: str) -> list[list[Any]]:
+    vectors: list[list[Any]] = []
     waiting: deque[tuple[list[Future[dict[str, Any]]], list[str]]] = deque()
     geometries = {model.description.geometry.key: model.description.geometry for model in models}
     with ThreadPoolExecutor(CORES) as pool:
@@ -121,6 +138,7 @@ def _embed_all(models: list[Any], micro_batch: int, lake: str) -> None:
                 vectors.append(_embed_chunk(models, *waiting.popleft()))
         while waiting:
             vectors.append(_embed_chunk(models, *waiting.popleft()))
+    return vectors
 
 
 def _squares(image: bytes, geometries: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +153,6 @@ def _squares(image: bytes, geometries: dict[str, Any]) -> dict[str, Any]:
 
 
 def _embed_chunk(models: list[Any], decoding: list[Future[dict[str, Any]]], captions: list[str]) -> list[Any]:
-    import numpy as np
     import torch
 
     decoded = [future.result() for future in decoding]
@@ -152,26 +169,31 @@ def _embed_chunk(models: list[Any], decoding: list[Future[dict[str, Any]]], capt
     return found
 
 
-def passes_way(order: Order) -> dict[str, list[float]]:
+def passes_way(order: Order) -> Answer:
     """One pass for each teacher through a plain DataLoader, as clip-retrieval and TRIDENT work; nothing stored.
 
-    Stock open_clip and torchvision; as many worker processes as there are cores; the encoded pictures lie in memory.
+    Stock open_clip and torchvision; as many worker processes as there are cores; the encoded pictures lie in memory. A
+    pass counts from its first batch on, so that loading the model and starting the workers is left out.
     """
+    pairs = [pair for images, captions in _chunks(order.lake, 1024) for pair in zip(images, captions, strict=True)]
+    seconds, cpu_seconds = 0.0, 0.0
+    for reference in order.teachers:
+        moments: list[float] = []
+        with CpuMeter() as meter:
+            _one_pass(reference.partition("=")[2], pairs, order.micro_batch, moments)
+        seconds += moments[-1] - moments[0]
+        cpu_seconds += meter.seconds_at(moments[-1]) - meter.seconds_at(moments[0])
+    rows = len(pairs) - min(order.micro_batch, len(pairs))
+    return {"per_second": rows / seconds, "per_cpu_second": rows / cpu_seconds}
 
-    def embed(lake: str) -> None:
-        rows = [pair for images, captions in _chunks(lake, 1024) for pair in zip(images, captions, strict=True)]
-        for reference in order.teachers:
-            _one_pass(reference.partition("=")[2], rows, order.micro_batch)
 
-    return _timed(order, embed)
-
-
-def _one_pass(folder: str, rows: list[tuple[bytes, str]], batch_size: int) -> list[Any]:
+def _one_pass(folder: str, pairs: list[tuple[bytes, str]], batch_size: int, moments: list[float]) -> list[Any]:
+    """Vectors of one teacher; the time at which each batch was done goes into ``moments``."""
     import open_clip
     import torch
 
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-    dataset = LoadedPairs(rows, preprocess, open_clip.get_tokenizer(f"local-dir:{folder}"))
+    dataset = LoadedPairs(pairs, preprocess, open_clip.get_tokenizer(f"local-dir:{folder}"))
     loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, num_workers=CORES)
     model.eval()
     found = []
@@ -179,24 +201,25 @@ def _one_pass(folder: str, rows: list[tuple[bytes, str]], batch_size: int) -> li
         for pixels_BCHW, tokens_BL in loader:
             towers = (model.encode_image(pixels_BCHW), model.encode_text(tokens_BL))
             found += [torch.nn.functional.normalize(vectors_BD).half().numpy() for vectors_BD in towers]
+            moments.append(time.time())
     return found
 
 
 class LoadedPairs:
-    """Encoded pictures and captions in memory, decoded, transformed and tokenised one by one in the workers."""
+    """Encoded pictures and captions in memory; decoded, transformed and tokenised one by one in the workers."""
 
-    def __init__(self, rows: list[tuple[bytes, str]], preprocess: Callable[..., Any], tokenize: Callable[..., Any]):
-        self.rows, self.preprocess, self.tokenize = rows, preprocess, tokenize
+    def __init__(self, pairs: list[tuple[bytes, str]], preprocess: Callable[..., Any], tokenize: Callable[..., Any]):
+        self.pairs, self.preprocess, self.tokenize = pairs, preprocess, tokenize
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.pairs)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         import io
 
         from PIL import Image
 
-        image, caption = self.rows[index]
+        image, caption = self.pairs[index]
         return self.preprocess(Image.open(io.BytesIO(image))), self.tokenize([caption])[0]
 
 
@@ -209,18 +232,6 @@ def _chunks(lake: str, size: int) -> Iterator[tuple[list[bytes], list[str]]]:
         for start in range(0, table.num_rows, size):
             part = table.slice(start, size)
             yield part["image"].to_pylist(), [captions[0] for captions in part["captions"].to_pylist()]
-
-
-def _timed(order: Order, embed: Callable[[str], None]) -> dict[str, list[float]]:
-    embed(order.warm_up)
-    answer: dict[str, list[float]] = {"seconds": [], "cpu_seconds": []}
-    for lake in order.lakes:
-        started = time.perf_counter()
-        with CpuMeter() as meter:
-            embed(lake)
-            answer["seconds"].append(time.perf_counter() - started)
-        answer["cpu_seconds"].append(meter.seconds)
-    return answer
 
 
 WAYS = {"extract": extract_way, "watched": watched_way, "loop": loop_way, "passes": passes_way}
