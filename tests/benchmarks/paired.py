@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from typing import IO
 
 from material import ROOT, default_data
 
@@ -37,6 +39,7 @@ def parser(description: str, runs: int = 5, rows: int = 0) -> argparse.ArgumentP
 @contextlib.contextmanager
 def workplace(options: argparse.Namespace) -> Iterator[Path]:
     """A temporary folder, removed at the end. A cache of our own keeps measurements from meeting a user's."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the folder goes then, too
     with tempfile.TemporaryDirectory(prefix="mmkd-bench-", dir=options.work) as folder:
         os.environ["MMKD_CACHE"] = f"{folder}/cache"
         yield Path(folder)
@@ -56,12 +59,22 @@ def run_way(way: str, order: dict[str, object]) -> dict[str, float]:
         quiet = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
         environment = {**os.environ, **quiet, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         with log.open("wb") as stream:
-            done = subprocess.run(command, env=environment, stdout=stream, stderr=stream, check=False)
-        if done.returncode:
-            sys.exit(f"{log.read_text(errors='replace')[-6000:]}\nThe way {way!r} ended with status {done.returncode}.")
+            status = _run_and_never_leave(command, environment, stream)
+        if status:
+            sys.exit(f"{log.read_text(errors='replace')[-6000:]}\nThe way {way!r} ended with status {status}.")
         said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("WARNING: ")]
         print("\n".join(said), file=sys.stderr, end="\n" if said else "")
         return json.loads(answered.read_text())
+
+
+def _run_and_never_leave(command: list[str], environment: dict[str, str], stream: IO[bytes]) -> int:
+    """Exit status of a process that ends with us, whatever ends us: an orphan would disturb the next measurement."""
+    with subprocess.Popen(command, env=environment, stdout=stream, stderr=stream) as process:
+        try:
+            return process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
 
 
 @dataclass
@@ -160,7 +173,7 @@ def conclude(comparisons: list[Comparison], options: argparse.Namespace, setting
 
 
 def _machine() -> str:
-    from extractor.measure import look_at_hardware
+    from extractor.planning.measure import look_at_hardware
 
     hardware = look_at_hardware(0)
     return f"{hardware.gpu or hardware.cpu}, {os.cpu_count()} cores, load {os.getloadavg()[2]:.1f}"

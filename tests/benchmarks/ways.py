@@ -58,9 +58,9 @@ def extract_way(order: Order) -> Answer:
     start, second_half = commits[0][0] - started, times[-1] - times[0]
     if second_half < start:
         print(
-            f"WARNING: the second half of the commits took {second_half:.0f} s, the start {start:.0f} s. So much may "
-            "have been prepared during the start that the rate of extract is flattered. Raise --rows, or wait until "
-            "the machine is idle."
+            f"WARNING: the second half of the commits took {second_half:.0f} s, the start {start:.0f} s: so much may "
+            "be prepared during the start that the rate of extract is flattered. Raise --rows, or wait for an idle "
+            "machine."
         )
     cpu = np.array([meter.seconds_at(moment) for moment in times])
     return {
