@@ -29,6 +29,15 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def size_text(count: float) -> str:
+    """Bytes in decimal units, as storage is sold: ``512 B``, ``1.8 MB``, ``47.20 TB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
 class Progress:
     """Say how far a stage is, how fast, and how long is left; at most one line per ``every`` seconds."""
 

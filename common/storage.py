@@ -225,13 +225,17 @@ class Storage:
 
         Temporary files of writes in progress are not listed.
         """
-        return [name for name, kind in self._entries(relative) if kind == "file" and name.endswith(suffix)]
+        return [name for name, entry in self.entries(relative) if entry["type"] == "file" and name.endswith(suffix)]
 
     def list_folders(self, relative: str = "") -> list[str]:
         """Names of the folders directly in a folder, sorted; a missing folder is empty."""
-        return [name for name, kind in self._entries(relative) if kind == "directory"]
+        return [name for name, entry in self.entries(relative) if entry["type"] == "directory"]
 
-    def _entries(self, relative: str) -> Iterator[tuple[str, str]]:
+    def entries(self, relative: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Name of each file and folder directly in a folder, sorted, with what the file system's ``ls`` says of it.
+
+        A missing folder is empty; temporary files of writes in progress are left out.
+        """
         path = self.path(relative)
         with explained(f"list {path}"):
             try:
@@ -245,7 +249,7 @@ class Storage:
             name = whole.rsplit("/", 1)[-1]
             # Some object stores list the folder itself as an empty entry.
             if not name.startswith(local_disk.TEMPORARY) and (self.is_local or whole != path):
-                yield name, entry["type"]
+                yield name, entry
 
     def remove(self, relative: str) -> None:
         """Delete a file or a folder with all it holds; nothing happens if it is not there."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -72,3 +73,29 @@ class EmbedFacts:
     """Node, device and process."""
     decoder_kills: int = 0
     """Decoding processes that were lost while the shard was prepared."""
+
+
+@dataclass
+class ExtractReport:
+    """What a run of extract did."""
+
+    shards: int = 0
+    """Files written: shards times teachers."""
+    rows: int = 0
+    skipped: int = 0
+    """Files that were there and valid."""
+    rejects: Counter[str] = field(default_factory=Counter)
+    forwards: Counter[str] = field(default_factory=Counter)
+    """Teacher -> micro-batches that went through a tower."""
+    bytes: int = 0
+    seconds: float = 0.0
+    run: str = ""
+    """Name of the run's folder under ``runs/``; empty if there was nothing to do."""
+
+    def add(self, event: FileDone) -> None:
+        """Count a finished file."""
+        self.shards += 1
+        self.rows += event.rows
+        self.bytes += event.bytes
+        self.forwards[event.teacher] += event.forwards
+        self.rejects.update(event.rejects)

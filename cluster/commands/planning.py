@@ -10,7 +10,7 @@ from cluster.commands.options import Catalog, ConfigFile, Overrides, Store, Teac
 from cluster.session import ray_session
 from common.config import load_config, parse_config
 from common.errors import ConfigError
-from common.logs import duration
+from common.logs import duration, size_text
 from extractor.config import ExtractConfig
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def format_plan(plan: Plan, teachers: int) -> str:
     files, rows = sum(item.files for item in plan.missing), sum(item.rows for item in plan.missing)
     summary = (
         f"Missing: {files} of {plan.shards * teachers} files, {rows} rows; {plan.pairs_to_prepare} of {plan.pairs} "
-        f"pairs to prepare, {plan.pictures_to_decode} pictures to decode; {_size(plan.bytes)} to write"
+        f"pairs to prepare, {plan.pictures_to_decode} pictures to decode; {size_text(plan.bytes)} to write"
     )
     lines = [summary, "", *_table([MISSING_HEAD, *(_missing_cells(item) for item in plan.missing)]), ""]
     if plan.measured_on:
@@ -141,7 +141,7 @@ def _what_if(more: WhatIf) -> str:
 
 
 def _missing_cells(item: Missing) -> tuple[str, ...]:
-    return item.teacher, str(item.files), str(item.rows), f"{item.bytes_per_row:.0f}", _size(item.bytes)
+    return item.teacher, str(item.files), str(item.rows), f"{item.bytes_per_row:.0f}", size_text(item.bytes)
 
 
 def _stage_cells(stage: Stage) -> tuple[str, ...]:
@@ -156,15 +156,6 @@ def _stage_cells(stage: Stage) -> tuple[str, ...]:
 
 def _rate(value: float) -> str:
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
-
-
-def _size(count: float) -> str:
-    """Bytes in decimal units, as storage is sold."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:

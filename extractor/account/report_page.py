@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from common.logs import duration
+from common.logs import duration, size_text
 from extractor.pages.charts import Points, bar_chart, line_chart, number_text
 from extractor.pages.page import Table, html_table, markdown_table, render_page, section, tiles
 
@@ -54,7 +54,7 @@ def render_html(figures: Figures) -> str:
     shown = [(figures["status"], figures["message"] or "status")]
     shown += [(f"{figures['files']['done']} / {figures['files']['planned']}", "files written / to do in this run")]
     shown += [(_number(figures["rows_per_second"]), "rows per second, all teachers together")]
-    shown += [(_size(figures["bytes"]), "written")]
+    shown += [(size_text(figures["bytes"]), "written")]
     shown += [(_seconds(figures["first_file_seconds"]), "until the first file was there")]
     shown += [(figures["bottleneck"] or UNKNOWN, "bottleneck: busy for the largest share of the time")]
     stages, teachers, devices, rejects, notes, versions = _tables(figures)
@@ -96,7 +96,7 @@ def byline(figures: Figures) -> str:
 
 def _facts_line(figures: Figures) -> str:
     facts = [
-        f"{_size(figures['bytes'])} written",
+        f"{size_text(figures['bytes'])} written",
         f"{figures['files']['skipped']} files were there already",
         f"first file after {_seconds(figures['first_file_seconds'])}",
         f"{_number(figures['rows_per_core_second'])} rows/s prepared per busy core",
@@ -127,7 +127,7 @@ def _tables(figures: Figures) -> list[Table]:
             name,
             f"{one['files']} / {one['files_planned']}",
             f"{one['rows']:,}",
-            _size(one["bytes"]),
+            size_text(one["bytes"]),
             f"{one['forwards']:,}",
             _number(one["smallest_micro_batch"]),
             f"{sum(one['rejects'].values()):,}",
@@ -218,11 +218,3 @@ def _percent(value: float | None) -> str:
 
 def _seconds(value: float | None) -> str:
     return UNKNOWN if value is None else duration(value)
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
