@@ -28,6 +28,8 @@ _DECODER_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError),
     *(RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
 )
+Resized = dict[tuple[int, int, Image.Resampling], Image.Image]
+"""Width, height and filter -> one picture at that size."""
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _ORIENTATION_TAG = 0x0112
@@ -94,21 +96,26 @@ def _draft_size(size: tuple[int, int], least_side: int) -> tuple[int, int]:
     return (least_side, least_side) if scale >= 1 else (int(size[0] * scale), int(size[1] * scale))
 
 
-def fit(image: Image.Image, geometry: Geometry) -> np.ndarray:
+def fit(image: Image.Image, geometry: Geometry, resized: Resized | None = None) -> np.ndarray:
     """Resize and crop an upright RGB picture exactly as open_clip (or transformers, or MedCLIP) would.
 
     Only strips longer than ``LONGEST_STRIP`` times their width may differ, in the last bit of a few pixels, and padded
     squares of more than ``MAX_PIXELS``, by half a pixel.
 
+    Args:
+        image: The picture.
+        geometry: What to make of it.
+        resized: Of the same picture, from calls for other geometries: those that differ in the crop alone share it.
+
     Returns:
         uint8 [size, size, channels]
     """
     if geometry.colour == "gray":
-        return _square(image.convert("L"), geometry)[:, :, None]
-    return _square(image, geometry)
+        return _square(image.convert("L"), geometry, None)[:, :, None]
+    return _square(image, geometry, resized)
 
 
-def _square(image: Image.Image, geometry: Geometry) -> np.ndarray:
+def _square(image: Image.Image, geometry: Geometry, resized: Resized | None) -> np.ndarray:
     size, resample = geometry.size, Image.Resampling[geometry.interpolation.upper()]
     if geometry.resize == "squash":
         return np.array(image.resize((size, size), resample))
@@ -127,7 +134,11 @@ def _square(image: Image.Image, geometry: Geometry) -> np.ndarray:
         scale_x, scale_y = image.width / width, image.height / height
         box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
         return np.array(image.resize((size, size), resample, box=box))
-    return np.array(image.resize((width, height), resample).crop((left, top, left + size, top + size)))
+    key = (width, height, resample)
+    whole = image.resize((width, height), resample) if resized is None or key not in resized else resized[key]
+    if resized is not None:
+        resized[key] = whole
+    return np.array(whole.crop((left, top, left + size, top + size)))
 
 
 def _padded_first(image: Image.Image, size: int, resample: Image.Resampling) -> np.ndarray:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from common.images import UndecodableImageError, decode_rgb, fit
+from common.images import Resized, UndecodableImageError, decode_rgb, fit
 from common.sandbox import ALARM_GRACE_SECONDS, limit_process
 from common.views import cut_view
 
@@ -82,10 +82,13 @@ def decode_rows(
         signal.setitimer(signal.ITIMER_REAL, max_seconds + ALARM_GRACE_SECONDS)
         try:
             image = decode_rgb(source[body + offsets[row] : body + offsets[row + 1]], max_pixels, request["least_side"])
-            for geometry, pixels, view_pixels in squares:
-                pixels[row] = fit(image, geometry)  # type: ignore[arg-type]  # has the attributes that fit reads
-                for view in range(views):
-                    view_pixels[row, view] = fit(cut_view(image, boxes[row, view]), geometry)  # type: ignore[arg-type]
+            resized: Resized = {}
+            for geometry, pixels, _ in squares:
+                pixels[row] = fit(image, geometry, resized)  # type: ignore[arg-type]  # has the attributes that fit reads
+            for view in range(views):
+                cut, resized = cut_view(image, boxes[row, view]), {}
+                for geometry, _, view_pixels in squares:
+                    view_pixels[row, view] = fit(cut, geometry, resized)  # type: ignore[arg-type]
         except UndecodableImageError as error:
             say(connection, {"row": row, "reason": error.reason, "detail": error.detail[:500]})
         except MemoryError:

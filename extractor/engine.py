@@ -49,15 +49,16 @@ class Engine:
     config: ExtractConfig
     inputs: dict[str, TeacherInput]
     identities: dict[str, dict[str, Any]]
+    pairs: Pairs
     leases: Leases
     stop: StopSignals
     kind: type = Teacher
 
-    def work(self, todo: Todo, pairs: Pairs, report: ExtractReport, accepted: Mapping[str, str]) -> None:
+    def work(self, todo: Todo, report: ExtractReport, accepted: Mapping[str, str]) -> None:
         """Compute what is missing, write the account whatever happens, and end in the error that stopped it, if any."""
         started = time.monotonic()
-        placements, expected = self._place(todo, pairs.rows)
-        account = self._account(report, todo, pairs.rows, placements, expected)
+        placements, expected = self._place(todo, self.pairs.rows)
+        account = self._account(report, todo, self.pairs.rows, placements, expected)
         dispatcher = Dispatcher(
             {},
             WriteOrder(self.lake.uri, self.identities, {lease.name: lease for lease in self.leases.leases}),
@@ -87,7 +88,7 @@ class Engine:
         finally:
             dispatcher.close()
             report.seconds = time.monotonic() - started
-            self._remember(written, pairs)
+            self._remember(written)
             account.save(status, message)
             self._say(report)
 
@@ -126,7 +127,9 @@ class Engine:
         most = max(len(pool.seats) for pool in dispatcher.pools.values())
         room = config.hardware.shards_in_flight or QUEUE * most
         # The first shards are prepared while the teachers load.
-        feeder = Feeder(prepared_shards(prepare, config.hardware.prepare_tasks or _spare_cpus()))
+        tasks = config.hardware.prepare_tasks or _spare_cpus()
+        largest = prepare.row_bytes() * max(self.pairs.rows[shard] for shard in todo)
+        feeder = Feeder(prepared_shards(prepare, tasks, largest))
         try:
             wait_until_seated(dispatcher.pools, lambda: self.stop.asked)
             self._record_teachers(dispatcher, accepted)
@@ -197,11 +200,11 @@ class Engine:
             for name, placement in placements.items()
         }
 
-    def _remember(self, written: dict[str, dict[int, int]], pairs: Pairs) -> None:
+    def _remember(self, written: dict[str, dict[int, int]]) -> None:
         """Spare the next run a look into the files of this one; that this fails must hide no other error."""
         for name, files in written.items():
             try:
-                record_valid(self.lake, name, self.identities[name], files, pairs)
+                record_valid(self.lake, name, self.identities[name], files, self.pairs)
             except (MmkdError, OSError) as error:
                 logger.warning("extract: the next run will check the files of %s again: %s", name, error)
 

@@ -57,6 +57,6 @@ def extract(lake_uri: str, config: ExtractConfig, kind: type = Teacher) -> Extra
         logger.info("extract: %d of %d files to compute (%s)", files, len(pairs.rows) * len(inputs), ", ".join(inputs))
         report.run = run
         close_killed(lake, active_runs(lake.storage).__contains__)
-        engine = Engine(lake, config, inputs, identities, leases, stop, kind)
-        engine.work(todo, pairs, report, accepted)
+        engine = Engine(lake, config, inputs, identities, pairs, leases, stop, kind)
+        engine.work(todo, report, accepted)
     return report

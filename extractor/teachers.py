@@ -6,21 +6,21 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from common.config import differing_keys
 from common.errors import ModelError
 from common.models.load import load_model
 from common.schemas import features_schema
 from extractor.events import EmbedFacts
-from extractor.passes import MicroBatches
 from extractor.prepare import KILLS, SECONDS, VIEW_BOXES, TeacherInput, restrict_like, rows_of, single_chunk
 
-AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:  # the driver imports this file to place teachers elsewhere, and needs no torch for it
+    import torch
+
 LEAST_SPREAD = 1e-3
 """Unit vectors of different inputs that differ by less in every dimension come from a broken tower."""
 FEW_INPUTS = 16
@@ -50,12 +50,17 @@ class Teacher:
     """
 
     def __init__(self, teacher: TeacherInput, device: str = "auto", micro_batch: int = 64, threads: int = 0) -> None:
+        import torch
+
+        from extractor.passes import MicroBatches
+
         if threads:
             torch.set_num_threads(threads)
         self.teacher = teacher
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.model = load_model(teacher.spec).to(self.device)
-        self.passes = MicroBatches(self.device, micro_batch, AUTOCAST[teacher.description.dtype])
+        dtype = teacher.description.dtype
+        self.passes = MicroBatches(self.device, micro_batch, None if dtype == "float32" else getattr(torch, dtype))
         found = restrict_like(teacher.description, self.model.description).identity()
         differing = differing_keys(teacher.description.identity(), found)
         if differing:

@@ -17,9 +17,9 @@ import numpy as np
 from common.config import fingerprint
 from common.errors import ModelError, TrainError
 from common.models.architectures import read_architecture as packaged_architecture
-from common.models.bert_tokens import loadable_folder
 from common.models.files import TOKENIZER_FILES, cache_folder, hub_snapshot
-from common.models.spec import Geometry
+from common.models.spec import OPENAI_MEAN, OPENAI_STD, Geometry
+from common.models.tokenizing import loadable_folder
 from common.storage import Storage
 
 CONFIG_FILE = "open_clip_config.json"
@@ -155,6 +155,7 @@ def _loadable(files: dict[str, bytes]) -> dict[str, bytes]:
 
 def _builtin_tokenizer(name: str) -> dict[str, bytes]:
     import open_clip
+    from open_clip.tokenizer import HFTokenizer
 
     try:
         tokenizer = open_clip.get_tokenizer(name)
@@ -165,7 +166,7 @@ def _builtin_tokenizer(name: str) -> dict[str, bytes]:
         ) from error
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
         return {}
-    if not isinstance(tokenizer, open_clip.HFTokenizer):
+    if not isinstance(tokenizer, HFTokenizer):
         raise TrainError(f"{name} uses {type(tokenizer).__name__}, which a model folder cannot hold. Choose another.")
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -174,12 +175,10 @@ def _builtin_tokenizer(name: str) -> dict[str, bytes]:
 
 def _complete(config: dict[str, Any]) -> dict[str, Any]:
     """State the preprocessing explicitly, so that no reader depends on a library's defaults."""
-    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-
     given = config.get("preprocess_cfg", {})
     preprocess = {
-        "mean": list(given.get("mean") or OPENAI_DATASET_MEAN),
-        "std": list(given.get("std") or OPENAI_DATASET_STD),
+        "mean": list(given.get("mean") or OPENAI_MEAN),
+        "std": list(given.get("std") or OPENAI_STD),
         "interpolation": given.get("interpolation") or "bicubic",
         "resize_mode": given.get("resize_mode") or "shortest",
     }

@@ -12,12 +12,12 @@ import pyarrow as pa
 from common.config import fingerprint
 from common.errors import ConfigError
 from common.lake import Lake, now
-from common.models.bert_tokens import loadable_folder
 from common.models.convert import save_tensors
 from common.models.files import TOKENIZER_FILES, file_sha256, tokenizer_folder
 from common.models.load import load_model
 from common.models.open_clip import find_files
 from common.models.spec import ModelSpec
+from common.models.tokenizing import loadable_folder
 from common.storage import Storage
 from common.version import VERSION
 from trainer.checkpoint import MODEL, Checkpoint, load_checkpoint

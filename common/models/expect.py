@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from common.errors import ModelError
 from common.models.spec import ModelDescription, ModelSpec
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def check_expectation(spec: ModelSpec, description: ModelDescription, found: dict[str, Any]) -> None:

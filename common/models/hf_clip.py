@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any
 
 from common.config import fingerprint
 from common.errors import ModelError
@@ -24,6 +21,10 @@ from common.models.files import (
 )
 from common.models.spec import Geometry, ModelDescription, ModelSpec
 from common.models.tensors import explain_unreadable
+from common.models.tokenizing import padded, pretrained_tokenizer
+
+if TYPE_CHECKING:
+    import torch
 
 PREFERRED = ("model.safetensors", "pytorch_model.bin")
 _FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling values, as processors store them
@@ -131,17 +132,8 @@ def _geometry(processor: dict[str, Any], name: str) -> Geometry:
 
 def load_tokenizer(spec: ModelSpec) -> Tokenize:
     """The model's own tokenizer, padded and cut to the context length (the end-of-text token is kept)."""
-    from transformers import AutoTokenizer
-
     files = _folder(spec, weights=False)
-    length = _context_length(spec, files.folder)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder(spec, files))
-
-    def tokenize(captions: list[str]) -> np.ndarray:
-        ids = tokenizer(captions, padding="max_length", truncation=True, max_length=length).input_ids
-        return np.asarray(ids, dtype=np.int32)
-
-    return tokenize
+    return padded(pretrained_tokenizer(tokenizer_folder(spec, files)), _context_length(spec, files.folder))
 
 
 def load(spec: ModelSpec) -> HfClipEncoder:
@@ -150,6 +142,7 @@ def load(spec: ModelSpec) -> HfClipEncoder:
     Raises:
         ModelError: Tensors are missing or left over, or the model lacks one of the two towers.
     """
+    import torch
     from safetensors import SafetensorError
     from transformers import AutoModel
 
@@ -198,9 +191,7 @@ def inspect(model: Any) -> dict[str, Any]:
 
 def _pad_id(folder: Path) -> int | None:
     """Id of the padding token when pads must be masked: not for CLIP, whose pad is its end token or a word."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = pretrained_tokenizer(folder)
     causal = tokenizer.pad_token_id == tokenizer.eos_token_id or tokenizer.sep_token_id is None
     return None if causal else tokenizer.pad_token_id
 
@@ -223,5 +214,5 @@ class HfClipEncoder(Encoder):
 
 def _tensor(output: Any) -> torch.Tensor:
     """The projected features: transformers 4 returns the tensor, transformers 5 an object that holds it."""
-    features: torch.Tensor = output if isinstance(output, torch.Tensor) else output.pooler_output
+    features: torch.Tensor = getattr(output, "pooler_output", output)
     return features.float()

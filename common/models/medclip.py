@@ -16,13 +16,13 @@ from torch import nn
 
 from common.config import fingerprint
 from common.models.architectures import bert_config, two_towers
-from common.models.bert_tokens import PAD, load_bert_tokenizer
 from common.models.dual_encoder import Tokenize
 from common.models.encoder import Encoder
 from common.models.expect import activation_of, check_expectation
 from common.models.files import locate, tokenizer_folder, tokenizer_sha256, weights_sha256
 from common.models.spec import Geometry, ModelDescription, ModelSpec
 from common.models.tensors import Tensors, load_strictly, read_tensors, without
+from common.models.tokenizing import PAD, load_bert_tokenizer
 
 ARCHITECTURE = "medclip-vit"
 """The packaged architecture, for entries that name none."""

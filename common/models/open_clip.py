@@ -5,21 +5,21 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any
 
 from common.config import fingerprint
 from common.errors import ModelError
 from common.models.architectures import model_architecture, packaged, text_tower
-from common.models.bert_tokens import loadable_folder
 from common.models.dual_encoder import Tokenize
 from common.models.encoder import Encoder
 from common.models.expect import activation_of, check_expectation
 from common.models.files import ModelFiles, locate, read_model_json, tokenizer_folder, tokenizer_sha256, weights_sha256
-from common.models.spec import Geometry, ModelDescription, ModelSpec
+from common.models.spec import OPENAI_MEAN, OPENAI_STD, Geometry, ModelDescription, ModelSpec
 from common.models.tensors import Tensors, load_strictly, read_tensors
+from common.models.tokenizing import clean_text, clip_tokenizer, loadable_folder, padded, pretrained_tokenizer
+
+if TYPE_CHECKING:
+    import torch
 
 CONFIG = "open_clip_config.json"
 PREFERRED = (  # the order of open_clip.factory._find_checkpoint_in_dir
@@ -89,8 +89,6 @@ def architecture_config(spec: ModelSpec, folder: Path | None = None) -> dict[str
     Raises:
         ModelError: It names none, or one that nobody knows.
     """
-    import open_clip
-
     if spec.architecture is None:
         raise ModelError(
             f"Model {spec.name!r}: there is no {CONFIG} beside the weights and the entry names no architecture. State "
@@ -101,6 +99,8 @@ def architecture_config(spec: ModelSpec, folder: Path | None = None) -> dict[str
         if "model_cfg" not in config:
             raise ModelError(f"Model {spec.name!r}: the architecture {spec.architecture} has no model_cfg.")
         return config
+    import open_clip
+
     model_cfg = open_clip.get_model_config(spec.architecture)
     if model_cfg is None:
         raise ModelError(
@@ -167,8 +167,6 @@ def describe(spec: ModelSpec) -> ModelDescription:
 
 def describe_files(spec: ModelSpec, found: OpenClipFiles) -> ModelDescription:
     """The description of an open_clip model whose files have been found."""
-    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-
     vision_cfg, preprocess, recipe = found.model_cfg.get("vision_cfg", {}), found.preprocess_cfg, spec.recipe
     size = preprocess.get("size", vision_cfg.get("image_size", 224))
     if isinstance(size, list | tuple):
@@ -186,8 +184,8 @@ def describe_files(spec: ModelSpec, found: OpenClipFiles) -> ModelDescription:
         weights_sha256=weights_sha256(found.weights(spec.name)),
         architecture=f"open_clip:{fingerprint(_whole_architecture(found))}",
         geometry=geometry,
-        mean=recipe.mean or tuple(preprocess.get("mean") or OPENAI_DATASET_MEAN),
-        std=recipe.std or tuple(preprocess.get("std") or OPENAI_DATASET_STD),
+        mean=recipe.mean or tuple(preprocess.get("mean") or OPENAI_MEAN),
+        std=recipe.std or tuple(preprocess.get("std") or OPENAI_STD),
         tokenizer_sha256=_tokenizer_sha256(spec, found),
         context_length=found.context_length,
         image_dim=int(found.model_cfg["embed_dim"]),
@@ -220,29 +218,30 @@ def _tokenizer_sha256(spec: ModelSpec, found: OpenClipFiles) -> str:
 def load_tokenizer(spec: ModelSpec) -> Tokenize:
     """The tokenizer open_clip itself would choose for the model."""
     found = find_files(spec, weights=False)
-    tokenizer = _tokenizer(spec, found)
-
-    def tokenize(captions: list[str]) -> np.ndarray:
-        return np.asarray(tokenizer(captions).numpy(), dtype=np.int32)
-
-    return tokenize
-
-
-def _tokenizer(spec: ModelSpec, found: OpenClipFiles) -> Any:
-    import open_clip
-    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
-
     text = found.text_cfg
     named = text.get("hf_tokenizer_name") or text.get("hf_model_name")
-    if found.files is not None and named is not None:
+    if named is None:
+        return clip_tokenizer(found.context_length)
+    if found.files is None:
+        return _stock_tokenizer(str(spec.architecture), found, None)
+    folder = loadable_folder(tokenizer_folder(spec, found.files, named))
+    if text.get("tokenizer_kwargs") or text.get("tokenizer_mode"):
+        return _stock_tokenizer(str(folder), found, text)
+    return padded(pretrained_tokenizer(folder), found.context_length, clean_text)
+
+
+def _stock_tokenizer(place: str, found: OpenClipFiles, text: dict[str, Any] | None) -> Tokenize:
+    """open_clip's own, for settings that only it knows: of a built-in architecture, or of a folder with ``text``."""
+    import open_clip
+    from open_clip.tokenizer import HFTokenizer
+
+    if text is None:
+        tokenizer = open_clip.get_tokenizer(place, context_length=found.context_length)
+    else:
         mode = {"tokenizer_mode": text["tokenizer_mode"]} if text.get("tokenizer_mode") else {}
-        folder = loadable_folder(tokenizer_folder(spec, found.files, named))
-        return HFTokenizer(
-            str(folder), context_length=found.context_length, **mode, **(text.get("tokenizer_kwargs") or {})
-        )
-    if found.files is None and named is not None:
-        return open_clip.get_tokenizer(str(spec.architecture), context_length=found.context_length)
-    return SimpleTokenizer(context_length=found.context_length)
+        settings = {**mode, **(text.get("tokenizer_kwargs") or {})}
+        tokenizer = HFTokenizer(place, context_length=found.context_length, **settings)
+    return lambda captions: tokenizer(captions).numpy().astype("int32")
 
 
 def build(model_cfg: dict[str, Any], folder: Path | None = None) -> Any:

@@ -17,7 +17,6 @@ from torch import nn
 
 from common.config import fingerprint
 from common.models.architectures import bert_config, two_towers
-from common.models.bert_tokens import load_bert_tokenizer
 from common.models.dual_encoder import Tokenize
 from common.models.encoder import Encoder
 from common.models.expect import check_expectation
@@ -29,8 +28,9 @@ from common.models.files import (
     tokenizer_sha256,
     weights_sha256,
 )
-from common.models.spec import Geometry, ModelDescription, ModelSpec
+from common.models.spec import OPENAI_MEAN, OPENAI_STD, Geometry, ModelDescription, ModelSpec
 from common.models.tensors import Tensors, load_strictly, read_checkpoint, read_tensors, renamed, unwrap, without
+from common.models.tokenizing import load_bert_tokenizer
 
 ARCHITECTURE = "pmc-clip"
 """The packaged architecture, for entries that name none."""
@@ -64,8 +64,6 @@ class PmcClip(nn.Module):
 
 def describe(spec: ModelSpec) -> ModelDescription:
     """Sizes of the architecture, the recipe's choices, and the hash of the checkpoint or of the three files."""
-    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-
     files = locate(spec)
     architecture = two_towers(spec, files.folder, ARCHITECTURE)
     return ModelDescription(
@@ -79,8 +77,8 @@ def describe(spec: ModelSpec) -> ModelDescription:
             "pads": "attended",
         },
         geometry=spec.recipe.geometry or Geometry(size=architecture["vision"]["image_size"]),
-        mean=spec.recipe.mean or OPENAI_DATASET_MEAN,
-        std=spec.recipe.std or OPENAI_DATASET_STD,
+        mean=spec.recipe.mean or OPENAI_MEAN,
+        std=spec.recipe.std or OPENAI_STD,
         tokenizer_sha256=tokenizer_sha256(tokenizer_folder(spec, files), "lower case"),
         context_length=spec.recipe.context_length or CONTEXT_LENGTH,
         image_dim=architecture["embed_dim"],

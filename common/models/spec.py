@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from common.config import StrictModel, fingerprint
 
+OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""Of red, green and blue in 0..1, in OpenAI's data: what most CLIPs are given (open_clip constants.py)."""
+
 
 class Geometry(StrictModel):
     """How a picture becomes a square of pixels; everything else (mean, standard deviation) happens on the device.

@@ -8,13 +8,14 @@ import struct
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from common.errors import ModelError, UntrustedError
 
-Tensors = dict[str, torch.Tensor]
+if TYPE_CHECKING:  # families are imported for their tokenizers alone, too
+    import torch
+
+Tensors = dict[str, "torch.Tensor"]
 WRAPPERS = ("state_dict", "model_state_dict")
 """Keys under which training programs put the weights, beside the epoch, the optimizer and the rest."""
 LISTED = 5
@@ -28,6 +29,7 @@ def read_checkpoint(path: Path, model: str) -> Any:
         ModelError: The file is torn or is not a checkpoint.
         UntrustedError: It holds Python objects that would have to be executed.
     """
+    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -91,6 +93,8 @@ def unwrap(content: Any, where: str) -> Tensors:
     Raises:
         ModelError: There are none, or something among them is not a tensor.
     """
+    import torch
+
     if isinstance(content, Mapping):
         content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
     if not isinstance(content, Mapping) or not content:

@@ -126,3 +126,19 @@ def test_keys_are_equal_exactly_when_the_geometry_is():
     all_of_them = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
     assert len({Geometry(**values).key for values in all_of_them}) == len(all_of_them) == 128
     assert Geometry(**all_of_them[5]).key == Geometry(**all_of_them[5]).key
+
+
+@pytest.mark.parametrize("shape", [(333, 257), (257, 334), (40, 35)], ids=str)
+def test_geometries_that_share_a_resize_get_the_same_pixels_as_alone(shape):
+    image = draw(*shape)
+    geometries = [
+        Geometry(size=size, resize_to=resize_to, interpolation=interpolation, crop_rounding=rounding, colour=colour)
+        for size, resize_to in ((32, None), (32, 37), (37, None))
+        for interpolation in FILTERS
+        for rounding in ("round", "floor")
+        for colour in ("rgb", "gray")
+    ]
+    resized = {}
+    for geometry in geometries:
+        np.testing.assert_array_equal(fit(image, geometry, resized), fit(image, geometry))
+    assert len(resized) == 4  # two sides, two filters

@@ -32,7 +32,7 @@ class Preparing:
 def taken(prepare) -> list:
     import ray
 
-    return [(shard, ray.get(block).num_rows) for shard, block in prepared_shards(prepare, 1)]
+    return [(shard, ray.get(block).num_rows) for shard, block in prepared_shards(prepare, 1, 100)]
 
 
 def test_a_block_is_a_shard_in_the_order_asked_for_also_when_it_is_empty(ray_local):
@@ -51,6 +51,29 @@ def test_no_clock_of_ray_data_runs_and_its_settings_are_left_alone(ray_local):
         assert settings.target_max_block_size == before[1] is not None
     finally:
         settings.execution_no_progress_timeout_s = before[0]
+
+
+def test_no_more_is_prepared_ahead_than_every_task_has_at_hand(ray_local, tmp_path):
+    import ray
+
+    class Counting:
+        """Notes which shards were prepared; each is of a megabyte."""
+
+        todo = dict.fromkeys(range(24), ("a",))
+
+        def __call__(self, batch):
+            (shard,) = batch["shard"]
+            (tmp_path / str(shard)).touch()
+            return pa.table({"pixels": pa.array(np.zeros(1_000_000, np.uint8))})
+
+    stream = prepared_shards(Counting(), 2, 1_000_000)
+    ahead = []
+    for taken_shards, (_, block) in enumerate(stream, start=1):
+        time.sleep(0.25)  # long enough to prepare a dozen
+        ahead.append(len(list(tmp_path.iterdir())) - taken_shards)
+        assert ray.get(block).num_rows == 1_000_000
+    assert len(ahead) == 24
+    assert max(ahead) <= 8
 
 
 def test_an_error_keeps_its_class_and_its_words(ray_local):
