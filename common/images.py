@@ -28,8 +28,8 @@ _DECODER_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError),
     *(RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
 )
-Resized = dict[tuple[int, int, Image.Resampling], Image.Image]
-"""Width, height and filter -> one picture at that size."""
+Resized = dict[tuple[tuple[int, int], Image.Resampling], Image.Image]
+"""Width and height, and filter -> one picture at that size."""
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _ORIENTATION_TAG = 0x0112
@@ -105,7 +105,7 @@ def fit(image: Image.Image, geometry: Geometry, resized: Resized | None = None) 
     Args:
         image: The picture.
         geometry: What to make of it.
-        resized: Of the same picture, from calls for other geometries: those that differ in the crop alone share it.
+        resized: Of the same picture, from calls for other geometries: those that want the same size share it.
 
     Returns:
         uint8 [size, size, channels]
@@ -118,7 +118,7 @@ def fit(image: Image.Image, geometry: Geometry, resized: Resized | None = None) 
 def _square(image: Image.Image, geometry: Geometry, resized: Resized | None) -> np.ndarray:
     size, resample = geometry.size, Image.Resampling[geometry.interpolation.upper()]
     if geometry.resize == "squash":
-        return np.array(image.resize((size, size), resample))
+        return np.array(_resize(image, (size, size), resample, resized))
     if geometry.resize == "pad-square":
         return _padded_first(image, size, resample)
     if geometry.resize == "longest":
@@ -126,7 +126,8 @@ def _square(image: Image.Image, geometry: Geometry, resized: Resized | None) -> 
         # Divided twice, as open_clip does: multiplying by size / longest rounds differently.
         width, height = (max(1, round(side / (longest / size))) for side in image.size)
         square = Image.new(image.mode, (size, size))
-        square.paste(image.resize((width, height), resample), ((size - width) // 2, (size - height) // 2))
+        whole = _resize(image, (width, height), resample, resized)
+        square.paste(whole, ((size - width) // 2, (size - height) // 2))
         return np.array(square)
     width, height = _shortest(image.size, max(size, geometry.resize_to or size))
     left, top = (_margin(side - size, geometry.crop_rounding) for side in (width, height))
@@ -134,11 +135,20 @@ def _square(image: Image.Image, geometry: Geometry, resized: Resized | None) -> 
         scale_x, scale_y = image.width / width, image.height / height
         box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
         return np.array(image.resize((size, size), resample, box=box))
-    key = (width, height, resample)
-    whole = image.resize((width, height), resample) if resized is None or key not in resized else resized[key]
-    if resized is not None:
-        resized[key] = whole
+    whole = _resize(image, (width, height), resample, resized)
     return np.array(whole.crop((left, top, left + size, top + size)))
+
+
+def _resize(
+    image: Image.Image, size: tuple[int, int], resample: Image.Resampling, resized: Resized | None
+) -> Image.Image:
+    """Resizing is most of the work: geometries that want the same size share it. A square is the same to most."""
+    key = (size, resample)
+    if resized is None:
+        return image.resize(size, resample)
+    if key not in resized:
+        resized[key] = image.resize(size, resample)
+    return resized[key]
 
 
 def _padded_first(image: Image.Image, size: int, resample: Image.Resampling) -> np.ndarray:

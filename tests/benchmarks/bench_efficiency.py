@@ -10,8 +10,8 @@ from pathlib import Path
 from material import read_jpegs, write_base_teacher, write_lake, write_tiny_teachers
 from paired import Comparison, compare_rates, conclude, parser, workplace
 
-ROWS = {"model": 768, "decode": 8192}
-SHARD_ROWS = {"model": 64, "decode": 128}
+ROWS = {"model": 448, "decode": 12288}
+SHARD_ROWS = {"model": 64, "decode": 512}
 MICRO_BATCH = {"model": 32, "decode": 64}
 TARGET = {"model": 0.90, "decode": 0.85}
 

@@ -128,17 +128,18 @@ def test_keys_are_equal_exactly_when_the_geometry_is():
     assert Geometry(**all_of_them[5]).key == Geometry(**all_of_them[5]).key
 
 
-@pytest.mark.parametrize("shape", [(333, 257), (257, 334), (40, 35)], ids=str)
+@pytest.mark.parametrize("shape", [(333, 257), (257, 334), (40, 35), (90, 90)], ids=str)
 def test_geometries_that_share_a_resize_get_the_same_pixels_as_alone(shape):
     image = draw(*shape)
     geometries = [
-        Geometry(size=size, resize_to=resize_to, interpolation=interpolation, crop_rounding=rounding, colour=colour)
-        for size, resize_to in ((32, None), (32, 37), (37, None))
-        for interpolation in FILTERS
+        Geometry(size=32, resize=resize, resize_to=to, interpolation=filter, crop_rounding=rounding, colour=colour)
+        for resize, to in (("shortest", None), ("shortest", 37), ("longest", None), ("squash", None))
+        for filter in FILTERS
         for rounding in ("round", "floor")
         for colour in ("rgb", "gray")
     ]
     resized = {}
     for geometry in geometries:
         np.testing.assert_array_equal(fit(image, geometry, resized), fit(image, geometry))
-    assert len(resized) == 4  # two sides, two filters
+    # A square comes to 32 x 32 and to 37 x 37; the others have two sizes more. Two filters.
+    assert len(resized) == (4 if shape == (90, 90) else 8)
