@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands import extracting, inspecting, models, operating, planning, tending, training
+from cluster.commands import extracting, importing, inspecting, models, operating, planning, tending, training
 from common.errors import MmkdError
 from common.logs import configure_logs
 from common.version import VERSION
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command("demo")(operating.demo)
 app.command("ingest")(extracting.ingest)
+app.add_typer(importing.import_app, name="import")
 app.command("plan")(planning.plan)
 app.command("extract")(extracting.extract)
 app.command("verify")(tending.verify)

@@ -33,7 +33,7 @@ class DecodeLimits(StrictModel):
 class IngestConfig(StrictModel):
     """How a source becomes pairs."""
 
-    format: Literal["auto", "webdataset", "jsonl", "csv", "parquet"] = Field(
+    format: Literal["auto", "webdataset", "jsonl", "csv", "parquet", "mmkd-features"] = Field(
         "auto", description="auto looks at the extension; name it when the extension does not tell."
     )
     columns: ColumnNames = ColumnNames()

@@ -24,7 +24,8 @@ from extractor.config import ExtractConfig, IngestConfig
 def ingest(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE... LAKE", help="One or more sources, then the lake.")],
     source_format: Annotated[
-        str | None, typer.Option("--format", help="webdataset, jsonl, csv or parquet; default: by extension.")
+        str | None,
+        typer.Option("--format", help="webdataset, jsonl, csv, parquet or mmkd-features; default: by extension."),
     ] = None,
     image_column: Annotated[str | None, typer.Option(help="Column with the image path, URI or bytes.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="Column with the caption or captions.")] = None,

@@ -21,6 +21,7 @@ SOURCES = {  # kind -> module with parts() and read()
     "jsonl": "extractor.sources.jsonl",
     "csv": "extractor.sources.delimited",
     "parquet": "extractor.sources.parquet",
+    "mmkd-features": "extractor.sources.mmkd_features",
 }
 
 

@@ -119,7 +119,7 @@ def _record(source_key: str, members: Members, config: IngestConfig) -> Record:
         if isinstance(content, RowFaultError):
             raise content
     metadata = _metadata(members.get("json"))
-    primary, secondary = (_texts(metadata.get(f"image_{which}_label")) for which in ("primary", "secondary"))
+    primary, secondary = (texts(metadata.get(f"image_{which}_label")) for which in ("primary", "secondary"))
     panel = clean_text(metadata.get("image_panel_type"))
     license_name = clean_text(_lookup(metadata, "license", config))
     label = clean_text(_lookup(metadata, "label", config))
@@ -135,7 +135,7 @@ def _record(source_key: str, members: Members, config: IngestConfig) -> Record:
         source_key,
         image,
         clean_captions(caption),
-        modality=_modality(primary, secondary) or clean_text(_lookup(metadata, "modality", config)),
+        modality=modality_of(primary, secondary) or clean_text(_lookup(metadata, "modality", config)),
         label=label,
         license=license_name,
         split=clean_split(_lookup(metadata, "split", config)),
@@ -159,11 +159,13 @@ def _lookup(metadata: dict[str, Any], what: str, config: IngestConfig) -> Any:
     return next((metadata[name] for name in ((asked,) if asked else USUAL_NAMES[what]) if name in metadata), None)
 
 
-def _texts(value: Any) -> tuple[str, ...]:
+def texts(value: Any) -> tuple[str, ...]:
+    """A cell of BIOMEDICA's metadata, a text or a list of texts, as the texts that say something."""
     cells = value if isinstance(value, list) else [value]
     return tuple(text for text in map(clean_text, cells) if text)
 
 
-def _modality(primary: tuple[str, ...], secondary: tuple[str, ...]) -> str | None:
+def modality_of(primary: tuple[str, ...], secondary: tuple[str, ...]) -> str | None:
+    """The modality by BIOMEDICA's primary and secondary labels; None without any."""
     labels = secondary if primary and primary[0].lower() in _UMBRELLAS and secondary else primary
     return _MODALITIES.get(labels[0].lower(), labels[0].lower()) if labels else None

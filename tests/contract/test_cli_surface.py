@@ -16,6 +16,7 @@ COMMON = {"--config", "--set", "--print-config"}
 SURFACE = {
     "demo": {"--lake", "--pairs", "--teachers", "--catalog", "--seed"} | COMMON,
     "ingest": {"--format", "--image-column", "--caption-column", "--max-side"} | COMMON,
+    "import mmkd-features": {"--accept-terms"} | COMMON,
     "plan": {
         "--teachers",
         "--catalog",

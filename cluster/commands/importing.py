@@ -1,0 +1,48 @@
+"""The command that brings embeddings in which others computed."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cluster.commands.options import ConfigFile, Overrides, PrintConfig, show_config, split_names
+from cluster.session import ray_session
+from common.config import load_config
+from extractor.config import IngestConfig
+
+import_app = typer.Typer(no_args_is_help=True, help="Bring in embeddings that others computed.")
+
+
+@import_app.command("mmkd-features")
+def mmkd_features(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder with meta.jsonl and features/.")],
+    lake: Annotated[str, typer.Argument(metavar="LAKE", help="Folder or address of the lake.")],
+    accept_terms: Annotated[
+        str | None,
+        typer.Option(
+            "--accept-terms", metavar="NAME,NAME", help="Teachers whose conditions on trained models you accept."
+        ),
+    ] = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Import the pairs and teacher features that MMKD-CLIP's authors distribute, ready for training.
+
+    Pairs go through ingest; each teacher's vectors become the partition NAME.imported; a selection lets each teacher
+    speak where the authors list it. Running it again does only what is missing.
+
+    Example: mmkd import mmkd-features ./MMKDCLIP_DATA ./lake
+    """
+    settings = load_config(IngestConfig, config, overrides or ())
+    if print_config:
+        show_config(settings)
+        return
+    from extractor.importing import find_table
+
+    find_table(folder)  # before Ray starts, so that a wrong folder is told at once
+    with ray_session():
+        from extractor.importing import import_features
+
+        import_features(folder, lake, settings, split_names(accept_terms) or ())
