@@ -6,7 +6,7 @@ be used. A teacher that a pair's file does not hold was not consulted there by t
 are there may speak, which is written as a selection: a lake that was imported trains as it is.
 
 The features are the authors' word: nobody can tell with which weights and preprocessing they were made. So they stay
-apart from what ``mmkd extract`` computes, as ``NAME.imported``.
+apart from what ``mmkd extract`` computes, as ``NAME.imported`` or, for projected ones, ``NAME.projected``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -43,8 +43,9 @@ from extractor.tasks import run_tasks
 from extractor.terms import check_terms
 
 META = "meta.jsonl"
-FEATURES = "clips_output.pt"
-SUFFIX = ".imported"
+FILES = {"imported": "clips_output.pt", "projected": "clips_project_output.pt"}
+"""What a partition's name ends in -> a pair's file: each teacher's own vectors, or all in one space of 512 dimensions
+by the authors' linear maps, with lengths of 1.1 to 2.6."""
 IMAGE, TEXT = "_img", "_txt"
 """Ends of the names in a pair's file: ``BiomedCLIP_img`` and ``BiomedCLIP_txt``, vectors of one dimension."""
 CATALOG_NAMES = {  # the authors' name in a file -> the catalog's
@@ -58,6 +59,7 @@ CATALOG_NAMES = {  # the authors' name in a file -> the catalog's
     "PUBMEDCLIP": "pubmedclip",
     "MedCLIP": "medclip",
 }
+Version = Literal["imported", "projected"]
 MAX_FILE_BYTES = 64 << 20
 READ_THREADS = 16
 
@@ -86,11 +88,12 @@ class Imported:
     key: str
     """Its name in the files."""
     dim: int
+    version: Version = "imported"
 
     @property
     def partition(self) -> str:
         """Its name in the lake."""
-        return f"{CATALOG_NAMES.get(self.key, self.key.lower())}{SUFFIX}"
+        return f"{CATALOG_NAMES.get(self.key, self.key.lower())}.{self.version}"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -99,6 +102,7 @@ class Imported:
             "family": "imported",
             "layout": KIND,
             "name": self.key,
+            "file": FILES[self.version],
             "image_dim": self.dim,
             "text_dim": self.dim,
             "normalised": "l2",
@@ -108,7 +112,11 @@ class Imported:
 
 
 def import_features(
-    place: str, lake_uri: str, config: IngestConfig, accept_terms: tuple[str, ...] = ()
+    place: str,
+    lake_uri: str,
+    config: IngestConfig,
+    accept_terms: tuple[str, ...] = (),
+    version: Version = "imported",
 ) -> ImportReport:
     """Bring MMKD-CLIP's published pairs and features into a lake. Ray must be initialised.
 
@@ -117,6 +125,7 @@ def import_features(
         lake_uri: The lake, created if need be.
         config: How pairs are read; its format is set here.
         accept_terms: Partitions whose models' conditions on students are accepted.
+        version: Which of the two files of a pair.
 
     Raises:
         TermsError: Such conditions are not accepted; nothing was read then.
@@ -126,7 +135,7 @@ def import_features(
         FingerprintError: A partition of that name has another origin.
     """
     table = find_table(place)
-    teachers = find_teachers(table)
+    teachers = find_teachers(table, version)
     catalog = read_catalog()
     specs = {teacher.partition: _spec_of(teacher, catalog) for teacher in teachers}
     created = create_lake(lake_uri, config.shard_rows)
@@ -182,7 +191,7 @@ def find_table(place: str) -> str:
     return absolute_address(where)
 
 
-def find_teachers(table: str) -> list[Imported]:
+def find_teachers(table: str, version: Version = "imported") -> list[Imported]:
     """The teachers that the features beside a table hold, with the widths of their vectors, by name.
 
     Lines are read until a pair of every name in ``available_clips`` has been looked at, so that all are found however
@@ -202,19 +211,19 @@ def find_teachers(table: str) -> list[Imported]:
             if key is None or (named and named <= dims.keys()):
                 continue
             try:
-                vectors = read_vectors(table, key)
+                vectors = read_vectors(table, key, version)
             except FeatureFileError:
                 continue  # its turn as a row comes later, and then it is a reject
             dims.update({name: len(image) for name, (image, _) in vectors.items() if name not in dims})
     if not dims:
         raise SourceError(
-            f"Beside {table} no pair has features: expected files such as features/FOLDERID/ID/{FEATURES} with vectors "
-            f"called NAME{IMAGE} and NAME{TEXT}."
+            f"Beside {table} no pair has features: expected files such as features/FOLDERID/ID/{FILES[version]} with "
+            f"vectors called NAME{IMAGE} and NAME{TEXT}."
         )
     if wanted - dims.keys():
         listed = ", ".join(sorted(wanted - dims.keys()))
         logger.warning("import: no readable features of %s, which the table names", listed)
-    return [Imported(name, dims[name]) for name in sorted(dims)]
+    return [Imported(name, dims[name], version) for name in sorted(dims)]
 
 
 class FeatureFileError(Exception):
@@ -225,12 +234,13 @@ class FeatureFileError(Exception):
         self.reason, self.detail = reason, detail
 
 
-def read_vectors(table: str, key: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_vectors(table: str, key: str, version: Version = "imported") -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Teacher -> picture's and caption's vector of a pair, float32 [D] each, as they are in its file.
 
     Args:
         table: The table's address.
         key: ``FOLDERID/ID``.
+        version: Which of its files.
 
     Raises:
         FeatureFileError: The file is missing, torn, holds more than tensors, or not two vectors of one width a teacher.
@@ -238,7 +248,7 @@ def read_vectors(table: str, key: str) -> dict[str, tuple[np.ndarray, np.ndarray
     import torch
 
     folder, _, _ = table.rpartition("/")
-    name = f"features/{key}/{FEATURES}"
+    name = f"features/{key}/{FILES[version]}"
     try:
         content = Storage(folder).read_bytes(name)
     except FileNotFoundError as error:
@@ -275,7 +285,7 @@ def _import_item(item: dict[str, Any], lake_uri: str, table: str, teachers: list
 
 
 def import_shard(lake: Lake, shard: int, table: str, teachers: list[Imported]) -> dict[str, dict[str, Any]]:
-    """Write the files of one shard; rows from other sources are null.
+    """Write the files of one shard for some teachers of one version; rows from other sources are null.
 
     Returns:
         Partition -> ``bytes`` of its file, how many rows have ``vectors``, and ``reasons`` of those that were rejected.
@@ -289,7 +299,7 @@ def import_shard(lake: Lake, shard: int, table: str, teachers: list[Imported]) -
 
     def read(key: str | None) -> dict[str, tuple[np.ndarray, np.ndarray]] | FeatureFileError:
         try:
-            return {} if key is None else read_vectors(table, key)
+            return {} if key is None else read_vectors(table, key, teachers[0].version)
         except FeatureFileError as error:
             return error
 

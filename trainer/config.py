@@ -120,6 +120,10 @@ class ScaleConfig(StrictModel):
 class Stage1Config(StrictModel):
     """Contrastive pre-training on the pairs."""
 
+    loss: Literal["clip", "siglip"] = Field(
+        "clip", description="siglip judges each pairing by itself, which suits small batches; the paper: clip."
+    )
+
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     data: DataConfig = DataConfig()
@@ -137,6 +141,34 @@ class DistillConfig(StrictModel):
     text_text: float = Field(0.0, ge=0, description="Text-text similarity matrix of the teachers.")
     teacher_scale: float | None = Field(
         None, gt=0, description="Factor on teacher cosines before softmax; None uses each teacher's own logit scale."
+    )
+    heads: float = Field(
+        0.0, ge=0, description="Each teacher's vectors, through a head of its own that is thrown away after training."
+    )
+    head_smooth: float = Field(
+        0.1, ge=0, le=1, description="Share of the smooth L1 distance in a head's error; the rest is on the cosine."
+    )
+    drop_teachers: float = Field(
+        0.0, ge=0, lt=1, description="Chance that a head is left out for a sample; the worst one always stays."
+    )
+    feature: float = Field(
+        0.0,
+        ge=0,
+        description="Squared error to the vectors of one teacher drawn for each sample, which must be of the student's "
+        "width. The paper: 50.",
+    )
+    cross: float = Field(
+        0.0, ge=0, description="Contrastive loss between the student and the drawn teacher, crosswise. The paper: 1."
+    )
+    cross_scale: Literal["learned", "constant"] = Field(
+        "learned",
+        description="constant: ln(1/0.07) itself as the factor, never trained, as in the paper's code; learned: its "
+        "exponential, trained.",
+    )
+    target_length: Literal["unit", "stored"] = Field(
+        "unit",
+        description="stored: teachers' vectors have the lengths they had before they were stored, so that longer ones "
+        "weigh more, as in the paper's code.",
     )
 
 

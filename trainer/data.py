@@ -26,6 +26,7 @@ from trainer.transforms import training_view
 
 PAIR_COLUMNS = ["sample_id", "image", "captions"]
 FEATURE_COLUMNS = ["sample_id", "image_embedding", "text_embedding", "extra_text_embeddings"]
+LENGTH_COLUMNS = ["image_norm", "text_norm"]
 BLOCK_ROWS = 256
 VALIDATION_BATCH = 256
 
@@ -41,6 +42,8 @@ class TrainData:
     teachers: tuple[str, ...] = ()
     selection: str | None = None
     """Fingerprint of the selection; with teachers only."""
+    stored_lengths: bool = False
+    """Give teachers' vectors the lengths they had before they were stored; further captions' were not kept."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class Batch:
     pixels_BHWC: np.ndarray
     tokens_BL: np.ndarray
     teachers: dict[str, TeacherRows]
+    draws_BK: np.ndarray
+    """Float32 in [0, 1): one number to draw a teacher by and one for each teacher; of no columns without teachers."""
 
 
 def read_blocks(data: TrainData, segment: Segment, lanes: range) -> Iterator[pa.Table]:
@@ -96,16 +101,17 @@ def read_shard(data: TrainData, lake: Lake, shard: int) -> pa.Table:
     """A pairs shard with every teacher's columns beside it, named ``<teacher>/<column>``."""
     pairs = lake.read_pairs(shard, PAIR_COLUMNS).combine_chunks()
     joined = pairs
+    columns = [*FEATURE_COLUMNS, *(LENGTH_COLUMNS if data.stored_lengths else ())]
     for teacher in data.teachers:
         try:
-            features = lake.read_features(teacher, shard, FEATURE_COLUMNS)
+            features = lake.read_features(teacher, shard, columns)
         except FileNotFoundError as error:
             raise LakeError(
                 f"{data.lake_uri} has no embeddings of teacher {teacher!r} for shard {shard}. Run `mmkd extract` "
                 "again: it computes only what is missing."
             ) from error
         check_same_samples(features, pairs, f"{data.lake_uri}/{lake.features_folder(teacher)}/{shard_name(shard)}")
-        for column in FEATURE_COLUMNS[1:]:
+        for column in columns[1:]:
             joined = joined.append_column(f"{teacher}/{column}", features[column].combine_chunks())
         selection = read_selection(lake, str(data.selection), teacher, shard, pairs)
         joined = joined.append_column(f"{teacher}/admitted", selection["admitted"].combine_chunks())
@@ -149,7 +155,14 @@ def _block(data: TrainData, epoch: int | None, places: np.ndarray, shards: dict[
     for teacher in data.teachers:
         for name, values in teacher_columns(table, teacher, drawn).items():
             columns[f"{teacher}/{name}"] = _to_arrow(values)
+    if data.teachers:
+        columns["draws"] = _to_arrow(draw_numbers(data.order.seed, epoch, ids, 1 + len(data.teachers)))
     return pa.table(columns)
+
+
+def draw_numbers(seed: int, epoch: int | None, sample_ids: list[str], count: int) -> np.ndarray:
+    """Numbers in [0, 1) by which a sample's teachers are drawn in an epoch: float32 [B, count]."""
+    return np.array([rng(seed, "teachers", epoch, sample).random(count, np.float32) for sample in sample_ids])
 
 
 def draw_caption(seed: int, epoch: int, sample_id: str, captions: list[str]) -> int:
@@ -171,6 +184,9 @@ def teacher_columns(table: pa.Table, teacher: str, drawn: np.ndarray) -> dict[st
         filled = others[present]
         index = offsets[filled] + drawn[filled] - 1
         has_text_B[filled], text_BT[filled] = has_flat_X[index], flat_XT[index]
+    if f"{teacher}/image_norm" in table.column_names:
+        image_BT *= _lengths(table[f"{teacher}/image_norm"])
+        text_BT *= np.where(drawn[:, None] > 0, 1, _lengths(table[f"{teacher}/text_norm"]))
     admitted_B = table[f"{teacher}/admitted"].to_numpy()
     return {
         "image": image_BT,
@@ -178,6 +194,10 @@ def teacher_columns(table: pa.Table, teacher: str, drawn: np.ndarray) -> dict[st
         "image_mask": admitted_B & has_image_B,
         "text_mask": admitted_B & has_text_B,
     }
+
+
+def _lengths(column: pa.ChunkedArray) -> np.ndarray:
+    return column.fill_null(0.0).to_numpy()[:, None]
 
 
 def _vectors(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -238,6 +258,7 @@ def split_batches(data: TrainData, block: pa.Table, rows: int) -> Iterator[Batch
         name: TeacherRows(*(dense(f"{name}/{part}") for part in ("image", "text", "image_mask", "text_mask")))
         for name in data.teachers
     }
+    draws = dense("draws") if data.teachers else np.empty((block.num_rows, 0), np.float32)
     for first in range(0, block.num_rows, rows):
         part = slice(first, first + rows)
         yield Batch(
@@ -249,6 +270,7 @@ def split_batches(data: TrainData, block: pa.Table, rows: int) -> Iterator[Batch
                 name: TeacherRows(t.image_BT[part], t.text_BT[part], t.image_mask_B[part], t.text_mask_B[part])
                 for name, t in teachers.items()
             },
+            draws_BK=draws[part],
         )
 
 

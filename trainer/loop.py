@@ -129,6 +129,7 @@ def forward_backward(
     """
     pixels_BHWC, tokens_BL = (torch.tensor(part).to(device) for part in (batch.pixels_BHWC, batch.tokens_BL))
     teachers = {name: to_device(rows, device) for name, rows in batch.teachers.items()}
+    draws_NK = gather_constant(torch.tensor(batch.draws_BK).to(device)) if teachers else None
     rows = -(-len(pixels_BHWC) // plan.accumulate)
     parts = list(zip(pixels_BHWC.split(rows), tokens_BL.split(rows), strict=True))
 
@@ -139,14 +140,14 @@ def forward_backward(
             return StudentOutput(*student(*parts[micro]))
 
     if len(parts) == 1:
-        terms = objective(gathered(embed(0)), teachers)
+        terms = objective(gathered(embed(0)), teachers, draws_NK)
         if torch.isfinite(terms.total):
             terms.total.backward()
         return terms
     with torch.no_grad():
         passes = [embed(micro) for micro in range(len(parts))]
     leaves = StudentOutput(*(torch.cat(side).requires_grad_() for side in zip(*passes, strict=True)))
-    terms = objective(gathered(leaves), teachers)
+    terms = objective(gathered(leaves), teachers, draws_NK)
     if torch.isfinite(terms.total):
         terms.total.backward()
         for micro in range(len(parts)):

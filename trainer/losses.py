@@ -32,6 +32,80 @@ def clip_loss(image_ND: torch.Tensor, text_ND: torch.Tensor, scale: torch.Tensor
     return (F.cross_entropy(logits_NN, labels_N) + F.cross_entropy(logits_NN.T, labels_N)) / 2
 
 
+def siglip_loss(image_ND: torch.Tensor, text_ND: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Each of the N x N pairings is judged by itself, true or not; summed, over N (Zhai et al. 2023, algorithm 1)."""
+    logits_NN = scale * image_ND @ text_ND.T + bias
+    sign_NN = 2 * torch.eye(len(logits_NN), device=logits_NN.device) - 1
+    return -F.logsigmoid(sign_NN * logits_NN).sum() / len(logits_NN)
+
+
+def feature_regression(student_ND: torch.Tensor, target_ND: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
+    """Squared error, averaged over the rows that count and over the dimensions; 0 without such rows.
+
+    One side of MMKD-CLIP's ``fd_loss`` (``open_clip/loss.py``, KDClipLoss), which adds the picture's and the caption's.
+    """
+    row_N = (student_ND - target_ND).square().mean(dim=1)
+    return (row_N * rows_N).sum() / rows_N.sum().clamp(min=1)
+
+
+def cross_contrastive(
+    image_ND: torch.Tensor,
+    text_ND: torch.Tensor,
+    teacher_image_ND: torch.Tensor,
+    teacher_text_ND: torch.Tensor,
+    rows_N: torch.Tensor,
+    scale: torch.Tensor,
+) -> torch.Tensor:
+    """The student's pictures find the teacher's captions and its captions the teacher's pictures; 0 without rows.
+
+    MMKD-CLIP's ``icl_loss`` (``open_clip/loss.py``, KDClipLoss), from CLIP-KD's interactive contrastive learning.
+    """
+    if not rows_N.any():
+        return image_ND.new_zeros(())
+    labels = torch.arange(int(rows_N.sum()), device=image_ND.device)
+    to_text = scale * image_ND[rows_N] @ teacher_text_ND[rows_N].T
+    to_image = scale * text_ND[rows_N] @ teacher_image_ND[rows_N].T
+    return (F.cross_entropy(to_text, labels) + F.cross_entropy(to_image, labels)) / 2
+
+
+def head_errors(predicted_NT: torch.Tensor, target_NT: torch.Tensor, smooth_share: float) -> torch.Tensor:
+    """How far a head's prediction is from a teacher's vector, for each row [N].
+
+    Args:
+        predicted_NT: What the head made of the student's vectors; of any length.
+        target_NT: The teacher's unit vectors.
+        smooth_share: Weight of the smooth L1 distance; the rest is on one minus the cosine. Theia and UNIC give it 0.1
+            to 0.5.
+    """
+    cosine_N = F.cosine_similarity(predicted_NT, target_NT, dim=1)
+    # Over the dimensions it is summed: a unit vector's entries are of the order of 1 / sqrt(T), whatever T.
+    smooth_N = F.smooth_l1_loss(predicted_NT, target_NT, reduction="none").sum(dim=1)
+    return (1 - smooth_share) * (1 - cosine_N) + smooth_share * smooth_N
+
+
+def mean_over_teachers(
+    errors: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], draws_KN: torch.Tensor | None, drop: float
+) -> torch.Tensor:
+    """Average errors over the teachers that may speak for a row, then over the rows for which any may; 0 without.
+
+    Args:
+        errors: For each teacher, [N].
+        masks: For each teacher, where it may speak [N].
+        draws_KN: For each teacher and row, a number in [0, 1); None drops nothing.
+        drop: Chance that a teacher is left out for a row. The one with the greatest error always stays, so that none
+            is forgotten (UNIC, section 3.3).
+    """
+    error_KN, mask_KN = torch.stack(tuple(errors)), torch.stack(tuple(masks))
+    kept_KN = mask_KN
+    if drop and draws_KN is not None:
+        worst_N = error_KN.detach().masked_fill(~mask_KN, -1).argmax(dim=0)
+        is_worst_KN = F.one_hot(worst_N, len(error_KN)).T.bool()
+        kept_KN = mask_KN & ((draws_KN >= drop) | is_worst_KN)
+    row_N = torch.where(kept_KN, error_KN, torch.zeros_like(error_KN)).sum(dim=0) / kept_KN.sum(dim=0).clamp(min=1)
+    rows_N = mask_KN.any(dim=0)
+    return (row_N * rows_N).sum() / rows_N.sum().clamp(min=1)
+
+
 def mean_affinity(teachers: Sequence[Affinity], exclude_self: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Average the teachers' softmaxed similarities, after softmax, over the teachers admissible for each row.
 

@@ -7,16 +7,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from trainer.config import DistillConfig
-from trainer.losses import Affinity, clip_loss, mean_affinity, similarity_distillation
+from trainer.losses import (
+    Affinity,
+    clip_loss,
+    cross_contrastive,
+    feature_regression,
+    head_errors,
+    mean_affinity,
+    mean_over_teachers,
+    siglip_loss,
+    similarity_distillation,
+)
 from trainer.student import StudentOutput
 
 MAX_LOG_SCALE = math.log(100)  # CLIP's own bound; without it the scale runs away on easy batches
+SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0  # where SigLIP starts: nearly all pairings are false
+PAPER_CROSS_SCALE = math.log(1 / 0.07)
+"""What MMKD-CLIP's code multiplies cosines with: the logarithm of the scale that is meant (KDClipLoss)."""
 
 
 class TeacherBatch(NamedTuple):
@@ -42,6 +55,9 @@ class Stage2Terms(NamedTuple):
     image_text: torch.Tensor
     image_image: torch.Tensor
     text_text: torch.Tensor
+    heads: torch.Tensor
+    feature: torch.Tensor
+    cross: torch.Tensor
     total: torch.Tensor
 
 
@@ -65,13 +81,26 @@ class LearnedScale(nn.Module):
 class ContrastiveObjective(nn.Module):
     """Stage 1: the pairs themselves."""
 
-    def __init__(self, init_temperature: float) -> None:
-        super().__init__()
-        self.scale = LearnedScale(1 / init_temperature)
+    def __init__(self, init_temperature: float, loss: Literal["clip", "siglip"] = "clip") -> None:
+        """Start the scale, and for SigLIP the bias.
 
-    def forward(self, student: StudentOutput, teachers: Mapping[str, TeacherBatch]) -> Stage1Terms:
-        """The CLIP loss; teachers are not consulted in this stage."""
-        contrastive = clip_loss(student.image_BD, student.text_BD, self.scale())
+        Args:
+            init_temperature: Of the CLIP loss; SigLIP starts where its authors do.
+            loss: Which of the two.
+        """
+        super().__init__()
+        self.scale = LearnedScale(1 / init_temperature if loss == "clip" else SIGLIP_SCALE)
+        self.bias = nn.Parameter(torch.tensor(SIGLIP_BIAS)) if loss == "siglip" else None
+
+    def forward(
+        self, student: StudentOutput, teachers: Mapping[str, TeacherBatch], draws_NK: torch.Tensor | None = None
+    ) -> Stage1Terms:
+        """The contrastive loss; teachers are not consulted in this stage."""
+        image_ND, text_ND, scale = student.image_BD, student.text_BD, self.scale()
+        if self.bias is None:
+            contrastive = clip_loss(image_ND, text_ND, scale)
+        else:
+            contrastive = siglip_loss(image_ND, text_ND, scale, self.bias)
         return Stage1Terms(contrastive=contrastive, total=contrastive)
 
     def after_step(self) -> None:
@@ -79,16 +108,70 @@ class ContrastiveObjective(nn.Module):
         self.scale.clamp()
 
 
-class DistillObjective(nn.Module):
-    """Stage 2: the pairs, and the similarity matrices of every admissible teacher."""
+class TeacherHeads(nn.Module):
+    """For each teacher and side a linear map from the student's space to the teacher's; never exported.
 
-    def __init__(self, weights: DistillConfig, teacher_scales: Mapping[str, float], init_scale: float) -> None:
-        """Start the scales.
+    Args:
+        width: Of the student's vectors.
+        dims: Teacher -> widths of its picture's and its caption's vectors; None for a tower it lacks.
+    """
+
+    def __init__(self, width: int, dims: Mapping[str, tuple[int | None, int | None]]) -> None:
+        super().__init__()
+        # By number: a module's name may hold no dot, a teacher's may.
+        self.teachers = tuple(dims)
+        sides = zip(*dims.values(), strict=True) if dims else ((), ())
+        self.image, self.text = (
+            nn.ModuleList([nn.Identity() if dim is None else nn.Linear(width, dim) for dim in side]) for side in sides
+        )
+
+    def forward(
+        self,
+        student: StudentOutput,
+        teachers: Mapping[str, TeacherBatch],
+        smooth_share: float,
+        drop: float,
+        draws_NK: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Mean error over teachers and rows, both sides averaged; for ``drop``, ``draws_NK`` has a column a teacher."""
+        draws_KN = None if draws_NK is None else draws_NK.T
+        sides = []
+        for maps, features_ND, vectors, mask in (
+            (self.image, student.image_BD, "image_NT", "image_mask_N"),
+            (self.text, student.text_BD, "text_NT", "text_mask_N"),
+        ):
+            there = [k for k, name in enumerate(self.teachers) if name in teachers and isinstance(maps[k], nn.Linear)]
+            if not there:
+                continue
+            said = [teachers[self.teachers[k]] for k in there]
+            errors = [
+                head_errors(maps[k](features_ND), getattr(teacher, vectors), smooth_share)
+                for k, teacher in zip(there, said, strict=True)
+            ]
+            masks = [getattr(teacher, mask) for teacher in said]
+            sides.append(mean_over_teachers(errors, masks, None if draws_KN is None else draws_KN[there], drop))
+        return torch.stack(sides).mean() if sides else student.image_BD.new_zeros(())
+
+
+class DistillObjective(nn.Module):
+    """Stage 2: the pairs, and what every admissible teacher says about them."""
+
+    def __init__(
+        self,
+        weights: DistillConfig,
+        teacher_scales: Mapping[str, float],
+        init_scale: float,
+        width: int = 0,
+        dims: Mapping[str, tuple[int | None, int | None]] | None = None,
+    ) -> None:
+        """Start the scales and the heads.
 
         Args:
             weights: Of the terms.
             teacher_scales: Teacher -> the factor on its cosines it was trained with.
             init_scale: The contrastive scale that stage 1 arrived at.
+            width: Of the student's vectors; for heads.
+            dims: Teacher -> widths of its two towers, as for :class:`TeacherHeads`.
         """
         super().__init__()
         self.weights = weights
@@ -96,30 +179,65 @@ class DistillObjective(nn.Module):
         self.scale = LearnedScale(init_scale)
         # Its own scale: teachers' softmaxes are softer than one-hot labels and would otherwise fight over one number.
         self.distill_scale = LearnedScale(init_scale)
+        self.cross_scale = LearnedScale(1 / 0.07) if weights.cross and weights.cross_scale == "learned" else None
+        self.heads = TeacherHeads(width, dims or {}) if weights.heads else None
 
-    def forward(self, student: StudentOutput, teachers: Mapping[str, TeacherBatch]) -> Stage2Terms:
-        """The weighted sum over the global batch."""
+    def forward(
+        self, student: StudentOutput, teachers: Mapping[str, TeacherBatch], draws_NK: torch.Tensor | None = None
+    ) -> Stage2Terms:
+        """The weighted sum over the global batch.
+
+        Args:
+            student: Its vectors.
+            teachers: Theirs, in the order of the columns of ``draws_NK`` but the first.
+            draws_NK: Numbers in [0, 1) for each row: the first chooses its drawn teacher, the others drop heads. None:
+                the first admissible teacher, and all heads.
+        """
         weights, image_ND, text_ND = self.weights, student.image_BD, student.text_BD
         zero = image_ND.new_zeros(())
         contrastive = clip_loss(image_ND, text_ND, self.scale())
         image_text = self._image_text(student, teachers) if weights.image_text else zero
         image_image = self._within(image_ND, teachers, "image") if weights.image_image else zero
         text_text = self._within(text_ND, teachers, "text") if weights.text_text else zero
+        heads = zero
+        if self.heads is not None:
+            drops = None if draws_NK is None else draws_NK[:, 1:]
+            heads = self.heads(student, teachers, weights.head_smooth, weights.drop_teachers, drops)
+        feature, cross = self._drawn(student, teachers, draws_NK) if weights.feature or weights.cross else (zero, zero)
         return Stage2Terms(
             contrastive=contrastive,
             image_text=image_text,
             image_image=image_image,
             text_text=text_text,
+            heads=heads,
+            feature=feature,
+            cross=cross,
             total=weights.contrastive * contrastive
             + weights.image_text * image_text
             + weights.image_image * image_image
-            + weights.text_text * text_text,
+            + weights.text_text * text_text
+            + weights.heads * heads
+            + weights.feature * feature
+            + weights.cross * cross,
         )
 
     def after_step(self) -> None:
         """Keep the scales in their bounds."""
         self.scale.clamp()
         self.distill_scale.clamp()
+        if self.cross_scale is not None:
+            self.cross_scale.clamp()
+
+    def _drawn(
+        self, student: StudentOutput, teachers: Mapping[str, TeacherBatch], draws_NK: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """MMKD-CLIP's two terms: each row is compared with the vectors of one of its admissible teachers."""
+        image_ND, text_ND, rows_N = draw_teacher(teachers, None if draws_NK is None else draws_NK[:, 0])
+        feature = feature_regression(student.image_BD, image_ND, rows_N)
+        feature = feature + feature_regression(student.text_BD, text_ND, rows_N)
+        scale = image_ND.new_tensor(PAPER_CROSS_SCALE) if self.cross_scale is None else self.cross_scale()
+        cross = cross_contrastive(student.image_BD, student.text_BD, image_ND, text_ND, rows_N, scale)
+        return feature, cross
 
     def _image_text(self, student: StudentOutput, teachers: Mapping[str, TeacherBatch]) -> torch.Tensor:
         """Both directions, averaged; a teacher speaks where it has both the picture and the caption."""
@@ -154,6 +272,30 @@ class DistillObjective(nn.Module):
         return similarity_distillation(
             features_ND, features_ND, self.distill_scale(), target_NN, rows_N, exclude_self=True
         )
+
+
+def draw_teacher(
+    teachers: Mapping[str, TeacherBatch], draw_N: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For each row the vectors of one of the teachers that may speak for both its sides, all alike probable.
+
+    Args:
+        teachers: Of equal widths.
+        draw_N: Numbers in [0, 1) that choose; None takes the first.
+
+    Returns:
+        Pictures' vectors [N, T], captions' [N, T], and bool [N], where there is any; zeros elsewhere.
+    """
+    said = list(teachers.values())
+    mask_KN = torch.stack([teacher.image_mask_N & teacher.text_mask_N for teacher in said])
+    count_N = mask_KN.sum(dim=0)
+    chosen_N = torch.zeros_like(count_N) if draw_N is None else (draw_N * count_N).long().clamp(max=len(said) - 1)
+    is_chosen_KN = mask_KN & (mask_KN.cumsum(dim=0) - 1 == chosen_N)
+    image_NT, text_NT = torch.zeros_like(said[0].image_NT), torch.zeros_like(said[0].text_NT)
+    for teacher, here_N in zip(said, is_chosen_KN, strict=True):
+        image_NT = torch.where(here_N[:, None], teacher.image_NT, image_NT)
+        text_NT = torch.where(here_N[:, None], teacher.text_NT, text_NT)
+    return image_NT, text_NT, count_N > 0
 
 
 Objective = ContrastiveObjective | DistillObjective

@@ -33,7 +33,7 @@ class ReportContent:
     scores: pa.Table
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     """Run -> metric rows with ``step`` and the loss terms, as ``trainer.record.read_metrics`` gives them."""
-    terms: Sequence[str] = ("total", "contrastive", "image_text", "image_image", "text_text", "validation")
+    terms: Sequence[str] = ("total", "contrastive", "image_text", "image_image", "text_text", "heads", "validation")
     """Which of a row's entries are drawn, in this order; those a run does not have are left out."""
     gallery: Sequence[GalleryItem] = ()
     embedding_map: EmbeddingMap | None = None

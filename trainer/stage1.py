@@ -42,7 +42,7 @@ def train_stage1(lake_uri: str, run: str, config: Stage1Config) -> TrainResult:
         gpu=placement.gpu,
         threads=placement.threads,
         total_steps=order.steps_per_epoch * config.epochs,
-        objective=functools.partial(ContrastiveObjective, config.init_temperature),
+        objective=functools.partial(ContrastiveObjective, config.init_temperature, config.loss),
         start=functools.partial(_start, config.model),
         validation_places=rows.validation,
         identity=run_identity("stage1", config, rows, architecture),

@@ -47,6 +47,10 @@ def train_stage2(lake_uri: str, run: str, init: str | None, config: Stage2Config
     rows = find_rows(lake, teachers, selection, config.data.seed)
     order = build_order(rows, config.data, lake)
     scales = teacher_scales(lake, teachers, config)
+    width = int(architecture.config["model_cfg"]["embed_dim"])
+    dims = teacher_dims(lake, teachers)
+    if config.distill.feature or config.distill.cross:
+        insist_on_width(dims, width)
     start_scale = float(checkpoint.tensors(MODEL)["logit_scale"].exp())
     facts = {
         "init": checkpoint.manifest["files"][MODEL]["sha256"],
@@ -63,12 +67,13 @@ def train_stage2(lake_uri: str, run: str, init: str | None, config: Stage2Config
         gpu=placement.gpu,
         threads=placement.threads,
         total_steps=order.steps_per_epoch * config.epochs,
-        objective=functools.partial(DistillObjective, config.distill, scales, start_scale),
+        objective=functools.partial(DistillObjective, config.distill, scales, start_scale, width, dims),
         start=functools.partial(_start, checkpoint.uri),
         validation_places=rows.validation,
         identity=run_identity("stage2", config, rows, architecture, **facts),
     )
-    data = TrainData(lake.uri, order, architecture, config.data.crop_scale, teachers, selection)
+    lengths = config.distill.target_length == "stored"
+    data = TrainData(lake.uri, order, architecture, config.data.crop_scale, teachers, selection, lengths)
     return launch(lake, run, job, data, placement)
 
 
@@ -113,6 +118,29 @@ def teacher_scales(lake: Lake, teachers: tuple[str, ...], config: Stage2Config) 
     """The factor on each teacher's cosines: the configured one for all, else the one it was trained with."""
     own = {name: lake.read_teacher(name)["logit_scale"] or IMAGE_ENCODER_SCALE for name in teachers}
     return {name: float(config.distill.teacher_scale or scale) for name, scale in own.items()}
+
+
+def teacher_dims(lake: Lake, teachers: tuple[str, ...]) -> dict[str, tuple[int | None, int | None]]:
+    """Teacher -> widths of its picture's and its caption's vectors; None for a tower it lacks."""
+    producers = {name: lake.read_teacher(name)["fingerprint"] for name in teachers}
+    return {name: (producer.get("image_dim"), producer.get("text_dim")) for name, producer in producers.items()}
+
+
+def insist_on_width(dims: dict[str, tuple[int | None, int | None]], width: int) -> None:
+    """The terms that compare vectors directly need teachers in the student's own space.
+
+    Raises:
+        TrainError: Names the teachers of other widths.
+    """
+    others = {name: both for name, both in dims.items() if both != (width, width)}
+    if others:
+        listing = "; ".join(f"{name} has {image} and {text}" for name, (image, text) in others.items())
+        raise TrainError(
+            f"distill.feature and distill.cross compare the student's vectors, of {width} dimensions, with a teacher's "
+            f"directly, and these teachers' are of others: {listing}. Import projected features "
+            "(`mmkd import mmkd-features --projected`), name teachers of that width with --teachers, or use "
+            "distill.heads, which give every teacher a map of its own."
+        )
 
 
 def _start(checkpoint_uri: str, student: Student) -> None:

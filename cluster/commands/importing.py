@@ -24,14 +24,18 @@ def mmkd_features(
             "--accept-terms", metavar="NAME,NAME", help="Teachers whose conditions on trained models you accept."
         ),
     ] = None,
+    projected: Annotated[
+        bool, typer.Option("--projected", help="Take the vectors that the authors projected into one space.")
+    ] = False,
     config: ConfigFile = None,
     overrides: Overrides = None,
     print_config: PrintConfig = False,
 ) -> None:
     """Import the pairs and teacher features that MMKD-CLIP's authors distribute, ready for training.
 
-    Pairs go through ingest; each teacher's vectors become the partition NAME.imported; a selection lets each teacher
-    speak where the authors list it. Running it again does only what is missing.
+    Pairs go through ingest; each teacher's vectors become the partition NAME.imported, or NAME.projected with
+    --projected, which the paper's recipe needs; a selection lets each teacher speak where the authors list it. Running
+    it again does only what is missing.
 
     Example: mmkd import mmkd-features ./MMKDCLIP_DATA ./lake
     """
@@ -45,4 +49,5 @@ def mmkd_features(
     with ray_session():
         from extractor.importing import import_features
 
-        import_features(folder, lake, settings, split_names(accept_terms) or ())
+        terms = split_names(accept_terms) or ()
+        import_features(folder, lake, settings, terms, "projected" if projected else "imported")

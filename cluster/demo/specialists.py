@@ -109,7 +109,7 @@ def _batches(corpus: Corpus, tokens: list[np.ndarray], name: str, config: DemoCo
         rows, order = order[:size], order[size:]
         drawn = np.stack([tokens[row][generator.integers(len(tokens[row]))] for row in rows])
         ids = [str(row) for row in rows]
-        yield Batch(rows, ids, _moved(corpus.pixels_NHWC[rows], generator), drawn, {})
+        yield Batch(rows, ids, _moved(corpus.pixels_NHWC[rows], generator), drawn, {}, np.empty((len(rows), 0)))
 
 
 def _moved(pixels_BHWC: np.ndarray, generator: np.random.Generator) -> np.ndarray:

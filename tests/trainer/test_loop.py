@@ -40,6 +40,7 @@ def make_batch(seed=0, rows=8) -> Batch:
         pixels_BHWC=draw.integers(0, 256, (rows, 32, 32, 3), dtype=np.uint8),
         tokens_BL=draw.integers(2, 16, (rows, 12), dtype=np.int32),
         teachers={"t": TeacherRows(unit(5), unit(5), mask, mask)},
+        draws_BK=draw.random((rows, 2), dtype=np.float32),
     )
 
 

@@ -15,9 +15,14 @@ from torch import distributed
 from trainer.losses import (
     Affinity,
     clip_loss,
+    cross_contrastive,
+    feature_regression,
     gather_constant,
     gather_features,
+    head_errors,
     mean_affinity,
+    mean_over_teachers,
+    siglip_loss,
     similarity_distillation,
 )
 
@@ -118,6 +123,60 @@ def test_gradients_by_finite_differences():
         assert torch.autograd.gradcheck(distil, (image, text, scale))
 
 
+def test_siglip_judges_each_pairing_by_itself():
+    image, text = unit_rows(3, 4, 1), unit_rows(3, 4, 2)
+    scale, bias = torch.tensor(5.0, dtype=torch.float64), torch.tensor(-3.0, dtype=torch.float64)
+    expected = 0.0
+    for i in range(3):
+        for j in range(3):
+            logit = 5 * float(image[i] @ text[j]) - 3
+            expected += math.log1p(math.exp(-logit if i == j else logit))
+    assert siglip_loss(image, text, scale, bias).item() == pytest.approx(expected / 3)
+
+
+def test_feature_regression_counts_its_rows_only():
+    student, target = unit_rows(4, 5, 1), unit_rows(4, 5, 2)
+    rows = torch.tensor([True, False, True, False])
+    expected = F.mse_loss(student[rows], target[rows])
+    torch.testing.assert_close(feature_regression(student, target, rows), expected)
+    assert feature_regression(student, target, ~rows & rows) == 0
+
+
+def test_cross_contrastive_asks_among_its_rows_only():
+    image, text, teacher_image, teacher_text = (unit_rows(4, 5, seed) for seed in range(4))
+    rows = torch.tensor([True, False, True, True])
+    logits = [2 * image[rows] @ teacher_text[rows].T, 2 * text[rows] @ teacher_image[rows].T]
+    expected = sum(F.cross_entropy(one, torch.arange(3)) for one in logits) / 2
+    scale = torch.tensor(2.0, dtype=torch.float64)
+    found = cross_contrastive(image, text, teacher_image, teacher_text, rows, scale)
+    torch.testing.assert_close(found, expected)
+    assert cross_contrastive(image, text, teacher_image, teacher_text, ~rows & rows, scale) == 0
+
+
+def test_a_head_that_predicts_its_teacher_has_no_error():
+    target = unit_rows(3, 4, 1)
+    torch.testing.assert_close(head_errors(target, target, 0.4), torch.zeros(3, dtype=torch.float64))
+    doubled = head_errors(2 * target, target, 0.4)  # the direction is right, the length is not
+    torch.testing.assert_close(doubled, 0.4 * (0.5 * target.square()).sum(dim=1))
+    torch.testing.assert_close(head_errors(-target, target, 0.0), torch.full((3,), 2.0, dtype=torch.float64))
+
+
+def test_errors_are_averaged_over_the_teachers_that_may_speak():
+    errors = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 8.0, 9.0])]
+    masks = [torch.tensor([True, True, False]), torch.tensor([True, False, False])]
+    assert mean_over_teachers(errors, masks, None, 0.0) == pytest.approx(((1 + 3) / 2 + 2) / 2)
+    assert mean_over_teachers(errors, [~ALL, ~ALL], None, 0.0) == 0
+
+
+def test_the_worst_teacher_is_never_dropped():
+    errors = [torch.tensor([1.0, 5.0, 1.0]), torch.tensor([3.0, 2.0, 4.0])]
+    never, always = torch.zeros(2, 3), torch.ones(2, 3)
+    assert mean_over_teachers(errors, [ALL, ALL], never, 0.5) == pytest.approx((3 + 5 + 4) / 3)
+    assert mean_over_teachers(errors, [ALL, ALL], always, 0.5) == mean_over_teachers(errors, [ALL, ALL], None, 0.0)
+    # A masked teacher is not the worst, however bad.
+    assert mean_over_teachers(errors, [ALL, ~ALL], never, 0.5) == pytest.approx((1 + 5 + 1) / 3)
+
+
 def test_gathering_is_the_identity_on_one_rank():
     features = torch.randn(3, 2, requires_grad=True)
     assert gather_features(features) is features
@@ -131,7 +190,17 @@ def _loss_of(model, inputs, gather):
     teacher = Affinity(unit_rows(6, 5, 8), unit_rows(6, 5, 9), mask, 4.0)
     scale = torch.tensor(3.0, dtype=torch.float64)
     target, rows = mean_affinity([teacher], exclude_self=False)
-    return clip_loss(image, text, scale) + similarity_distillation(image, text, scale, target, rows, exclude_self=False)
+    targets = unit_rows(6, 3, 10), unit_rows(6, 3, 11)
+    errors = [head_errors(image, target, 0.3) for target in targets]
+    draws = torch.rand(2, 6, generator=torch.Generator().manual_seed(1))
+    return (
+        clip_loss(image, text, scale)
+        + similarity_distillation(image, text, scale, target, rows, exclude_self=False)
+        + siglip_loss(image, text, scale, torch.tensor(-2.0, dtype=torch.float64))
+        + feature_regression(image, targets[0], mask)
+        + cross_contrastive(image, text, *targets, mask, scale)
+        + mean_over_teachers(errors, [mask, ~mask], draws, 0.5)
+    )
 
 
 def _model_and_inputs():

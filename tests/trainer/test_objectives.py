@@ -1,14 +1,23 @@
 """Objectives: terms are named, weights are in plain sight, masks and scales do what they say."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 from trainer.config import DistillConfig
 from trainer.losses import clip_loss
-from trainer.objectives import ContrastiveObjective, DistillObjective, LearnedScale, TeacherBatch
+from trainer.objectives import (
+    PAPER_CROSS_SCALE,
+    ContrastiveObjective,
+    DistillObjective,
+    LearnedScale,
+    TeacherBatch,
+    draw_teacher,
+)
 from trainer.student import StudentOutput
 
 
@@ -37,7 +46,8 @@ def test_the_total_is_the_weighted_sum_of_the_named_terms():
     terms = DistillObjective(weights, {"t": 10.0}, 10.0)(student(), {"t": teacher(2)})
     expected = 0.5 * terms.contrastive + 2 * terms.image_text + 3 * terms.image_image + 4 * terms.text_text
     assert terms.total.item() == pytest.approx(expected.item())
-    assert all(value > 0 for value in terms)
+    assert all(value > 0 for name, value in terms._asdict().items() if getattr(weights, name, 1))
+    assert terms.heads == terms.feature == terms.cross == 0
 
 
 def test_every_scale_learns():
@@ -84,3 +94,136 @@ def test_a_scale_stays_below_one_hundred():
         scale.log.add_(1)
     scale.clamp()
     assert scale.log.item() == pytest.approx(math.log(100))
+
+
+# --- One teacher drawn for each sample.
+
+
+def test_the_drawn_teacher_is_one_that_may_speak_and_all_are_alike_probable():
+    rows = 3000
+    generator = torch.Generator().manual_seed(0)
+    masks = {name: torch.rand(rows, generator=generator) < 0.7 for name in "abc"}
+    teachers = {
+        name: TeacherBatch(torch.full((rows, 2), float(k)), torch.full((rows, 2), float(k)), mask, mask)
+        for k, (name, mask) in enumerate(masks.items(), start=1)
+    }
+    image, text, spoken = draw_teacher(teachers, torch.rand(rows, generator=generator))
+    which = image[:, 0].long()
+    torch.testing.assert_close(image, text)
+    assert (which == 0).equal(~spoken)
+    everywhere = torch.stack(list(masks.values())).all(dim=0)
+    for k, mask in enumerate(masks.values(), start=1):
+        assert not ((which == k) & ~mask).any()
+        assert (which[everywhere] == k).float().mean().item() == pytest.approx(1 / 3, abs=0.06)
+
+
+def test_the_greatest_draw_still_finds_a_teacher():
+    teachers = {name: teacher(seed) for name, seed in (("a", 2), ("b", 4))}
+    image, _, spoken = draw_teacher(teachers, torch.full((6,), np.nextafter(np.float32(1), np.float32(0)).item()))
+    assert spoken.all()
+    torch.testing.assert_close(image, teachers["b"].image_NT)
+
+
+def published_losses(image, text, scale, teacher_image, teacher_text):
+    """The published code's three numbers (open_clip/loss.py, KDClipLoss on one rank), written out in float64."""
+    image, text, teacher_image, teacher_text = (
+        one.detach().double().numpy() for one in (image, text, teacher_image, teacher_text)
+    )
+
+    def cross_entropy(logits):
+        shifted = logits - logits.max(axis=1, keepdims=True)
+        return -(np.diag(shifted) - np.log(np.exp(shifted).sum(axis=1))).mean()
+
+    task = (cross_entropy(scale * image @ text.T) + cross_entropy(scale * text @ image.T)) / 2
+    regression = ((image - teacher_image) ** 2).mean() + ((text - teacher_text) ** 2).mean()
+    factor = np.log(1 / 0.07)
+    crosswise = cross_entropy(factor * image @ teacher_text.T) + cross_entropy(factor * text @ teacher_image.T)
+    return task, regression, crosswise / 2
+
+
+PAPER = DistillConfig(
+    contrastive=1, image_text=0, image_image=0, feature=50, cross=1, cross_scale="constant", target_length="stored"
+)
+
+
+def test_the_papers_terms_are_those_of_the_published_code_on_its_own_samples(shared_data):
+    folder = shared_data / "mmkd-demo"
+    rows = [json.loads(line) for line in (folder / "meta.jsonl").read_text().splitlines()]
+    sides: dict[str, list[torch.Tensor]] = {"img": [], "txt": []}
+    for row in rows:
+        file = folder / "features" / row["folderid"] / row["id"] / "clips_project_output.pt"
+        found = torch.load(file, weights_only=True)
+        for side, vectors in sides.items():
+            vectors.append(found[f"{row['available_clips'][-1]}_{side}"])
+    projected = [torch.stack(vectors) for vectors in sides.values()]
+    mask = torch.ones(len(rows), dtype=torch.bool)
+    output = StudentOutput(unit(len(rows), 512, 0), unit(len(rows), 512, 1))
+    terms = DistillObjective(PAPER, {"t": 1.0}, 20.0)(output, {"t": TeacherBatch(*projected, mask, mask)})
+    task, regression, crosswise = published_losses(*output, 20.0, *projected)
+    assert terms.contrastive.item() == pytest.approx(task, abs=1e-6)
+    assert terms.feature.item() == pytest.approx(regression, abs=1e-6)
+    assert terms.cross.item() == pytest.approx(crosswise, abs=1e-6)
+    assert terms.total.item() == pytest.approx(task + 50 * regression + crosswise, abs=1e-5)
+
+
+def test_the_papers_factor_is_never_trained_and_the_corrected_one_is():
+    one = teacher(2)._replace(image_NT=unit(6, 8, 2), text_NT=unit(6, 8, 3))
+    paper = DistillObjective(PAPER, {"t": 1.0}, 10.0)
+    assert "cross_scale.log" not in dict(paper.named_parameters())
+    corrected = DistillObjective(PAPER.model_copy(update={"cross_scale": "learned"}), {"t": 1.0}, 10.0)
+    assert corrected.cross_scale().item() == pytest.approx(1 / 0.07)
+    assert pytest.approx(math.log(1 / 0.07)) == PAPER_CROSS_SCALE
+    corrected(student(), {"t": one}).total.backward()
+    assert corrected.cross_scale.log.grad != 0
+
+
+# --- Heads.
+
+
+def heads(**settings):
+    weights = DistillConfig(contrastive=0, image_text=0, image_image=0, heads=1, **settings)
+    torch.manual_seed(0)
+    return DistillObjective(weights, {"t.v2": 1.0, "u": 1.0}, 10.0, 8, {"t.v2": (5, 5), "u": (5, None)})
+
+
+def test_heads_learn_to_predict_their_teachers_whatever_their_widths():
+    objective, output = heads(), student()
+    alone = torch.zeros(6, dtype=torch.bool)
+    teachers = {"t.v2": teacher(2), "u": teacher(4)._replace(text_NT=torch.zeros(6, 1), text_mask_N=alone)}
+    optimizer = torch.optim.Adam(objective.parameters(), lr=0.05)
+    first = objective(output, teachers).heads.item()
+    for _ in range(300):
+        optimizer.zero_grad()
+        objective(output, teachers).total.backward()
+        optimizer.step()
+    assert objective(output, teachers).heads.item() < 0.05 * first
+    assert set(objective.state_dict()) >= {"heads.image.0.weight", "heads.image.1.bias", "heads.text.0.weight"}
+    assert not any(name.startswith("heads.text.1") for name in objective.state_dict())
+
+
+def test_a_masked_row_and_an_absent_teacher_say_nothing_to_the_heads():
+    objective = heads()
+    mask = torch.tensor([True, True, True, True, False, False])
+    one, other = teacher(2, mask=mask), teacher(2, mask=mask)
+    other.image_NT[4:], other.text_NT[4:] = unit(2, 5, 77), unit(2, 5, 78)
+    assert objective(student(), {"t.v2": one}).heads.item() == objective(student(), {"t.v2": other}).heads.item()
+    assert objective(student(), {}).heads == 0
+
+
+def test_dropping_follows_the_draws_and_keeps_the_worst():
+    objective = heads(drop_teachers=0.5)
+    alone = torch.zeros(6, dtype=torch.bool)
+    teachers = {"t.v2": teacher(2), "u": teacher(4)._replace(text_NT=torch.zeros(6, 1), text_mask_N=alone)}
+    keep, drop = torch.ones(6, 3), torch.zeros(6, 3)
+    all_kept, only_worst = (objective(student(), teachers, draws).heads.item() for draws in (keep, drop))
+    assert all_kept == objective(student(), teachers).heads.item()
+    assert only_worst > all_kept
+
+
+def test_siglip_learns_its_bias_too():
+    objective = ContrastiveObjective(0.07, "siglip")
+    objective(student(), {}).total.backward()
+    assert {name for name, p in objective.named_parameters() if p.grad is not None and p.grad != 0} == {
+        "scale.log",
+        "bias",
+    }
