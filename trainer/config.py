@@ -39,6 +39,33 @@ class SelectConfig(StrictModel):
     seed: int = Field(0, description="Which captions are sampled as candidates.")
 
 
+class AutoencoderConfig(StrictModel):
+    """The paper's shared autoencoder; what its authors do not publish is marked so."""
+
+    latent_dim: PositiveInt = Field(512, description="Width of the common space: the student's. The paper: 512.")
+    hidden_dim: PositiveInt = Field(1024, description="Width of the shared branches. Not published.")
+    dropout: float = Field(0.2, ge=0, lt=1, description="In the branches' encoders. The paper's code: 0.2.")
+    noise: float = Field(0.01, ge=0, description="Deviation of the noise on latent vectors. The paper's code: 0.01.")
+    lr: float = Field(1e-3, gt=0, description="Learning rate of Adam. Not published.")
+    epochs: PositiveInt = Field(10, description="Passes over the train rows. Not published.")
+    batch_size: PositiveInt = Field(256, description="Rows per step, within a shard. Not published.")
+
+
+class AlignConfig(StrictModel):
+    """Maps that bring teachers' vectors into spaces in which stage 2 can learn them."""
+
+    recipe: Literal["paper", "standardise"] = Field(
+        "standardise",
+        description="paper: one space for all teachers by a linear autoencoder, for distill.feature and distill.cross. "
+        "standardise: PHI-S, each teacher in a space of its own with mean 0 and variance 1, for distill.heads.",
+    )
+    teachers: tuple[str, ...] = Field((), description="Empty means every teacher of the selection.")
+    selection: str | None = Field(None, description="Fingerprint of the selection; None takes the newest.")
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    sample_rows: PositiveInt = Field(1000, description="Train rows by which the change is described.")
+    seed: int = Field(0, description="Of the autoencoder's weights, order and dropout, and of the sample.")
+
+
 class ModelConfig(StrictModel):
     """The student's architecture and where its first weights come from."""
 
@@ -167,8 +194,8 @@ class DistillConfig(StrictModel):
     )
     target_length: Literal["unit", "stored"] = Field(
         "unit",
-        description="stored: teachers' vectors have the lengths they had before they were stored, so that longer ones "
-        "weigh more, as in the paper's code.",
+        description="Of the vectors for feature and cross. stored: with an alignment as they come out of it, else as "
+        "they were before they were stored, so that longer ones weigh more, as in the paper's code.",
     )
 
 
@@ -177,6 +204,11 @@ class Stage2Config(StrictModel):
 
     teachers: tuple[str, ...] = Field((), description="Empty means every teacher of the selection.")
     selection: str | None = Field(None, description="Fingerprint of the selection; None takes the newest.")
+    alignment: str | None = Field(
+        None,
+        description="Fingerprint of an alignment (`mmkd align`), or newest; heads, feature and cross then see the "
+        "aligned vectors. None: the teachers' own.",
+    )
     distill: DistillConfig = DistillConfig()
     optim: OptimConfig = OptimConfig()
     data: DataConfig = DataConfig()

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import nn
 
+from trainer.alignment.maps import Maps
 from trainer.config import DistillConfig
 from trainer.losses import (
     Affinity,
@@ -108,6 +110,41 @@ class ContrastiveObjective(nn.Module):
         self.scale.clamp()
 
 
+class AlignedTeachers(nn.Module):
+    """The maps of an alignment on the device; constants, which no checkpoint keeps, since the lake does.
+
+    Args:
+        maps: Teacher -> side -> map.
+    """
+
+    def __init__(self, maps: Maps) -> None:
+        super().__init__()
+        self.teachers = tuple(maps)
+        self.sides = {name: tuple(sides) for name, sides in maps.items()}
+        for number, sides in enumerate(maps.values()):
+            for side, one in sides.items():
+                for part, values in (("matrix", one.matrix_TW), ("shift", one.shift_W)):
+                    self.register_buffer(f"{side}_{part}_{number}", torch.from_numpy(values.copy()), persistent=False)
+
+    def forward(self, teachers: Mapping[str, TeacherBatch]) -> dict[str, TeacherBatch]:
+        """The teachers' vectors after their maps; masks stay, and what has no map stays as it is."""
+        return {
+            name: TeacherBatch(
+                self._mapped(name, "image", teacher.image_NT),
+                self._mapped(name, "text", teacher.text_NT),
+                teacher.image_mask_N,
+                teacher.text_mask_N,
+            )
+            for name, teacher in teachers.items()
+        }
+
+    def _mapped(self, name: str, side: str, vectors_NT: torch.Tensor) -> torch.Tensor:
+        if side not in self.sides.get(name, ()):
+            return vectors_NT
+        number = self.teachers.index(name)
+        return vectors_NT @ self.get_buffer(f"{side}_matrix_{number}") + self.get_buffer(f"{side}_shift_{number}")
+
+
 class TeacherHeads(nn.Module):
     """For each teacher and side a linear map from the student's space to the teacher's; never exported.
 
@@ -163,6 +200,7 @@ class DistillObjective(nn.Module):
         init_scale: float,
         width: int = 0,
         dims: Mapping[str, tuple[int | None, int | None]] | None = None,
+        maps: Maps | None = None,
     ) -> None:
         """Start the scales and the heads.
 
@@ -171,7 +209,8 @@ class DistillObjective(nn.Module):
             teacher_scales: Teacher -> the factor on its cosines it was trained with.
             init_scale: The contrastive scale that stage 1 arrived at.
             width: Of the student's vectors; for heads.
-            dims: Teacher -> widths of its two towers, as for :class:`TeacherHeads`.
+            dims: Teacher -> widths of its two towers, aligned if so, as for :class:`TeacherHeads`.
+            maps: Of an alignment: heads, feature and cross see the teachers through it, similarities never do.
         """
         super().__init__()
         self.weights = weights
@@ -181,6 +220,7 @@ class DistillObjective(nn.Module):
         self.distill_scale = LearnedScale(init_scale)
         self.cross_scale = LearnedScale(1 / 0.07) if weights.cross and weights.cross_scale == "learned" else None
         self.heads = TeacherHeads(width, dims or {}) if weights.heads else None
+        self.aligned = AlignedTeachers(maps) if maps else None
 
     def forward(
         self, student: StudentOutput, teachers: Mapping[str, TeacherBatch], draws_NK: torch.Tensor | None = None
@@ -199,11 +239,12 @@ class DistillObjective(nn.Module):
         image_text = self._image_text(student, teachers) if weights.image_text else zero
         image_image = self._within(image_ND, teachers, "image") if weights.image_image else zero
         text_text = self._within(text_ND, teachers, "text") if weights.text_text else zero
+        aligned = dict(teachers) if self.aligned is None else self.aligned(teachers)
         heads = zero
         if self.heads is not None:
             drops = None if draws_NK is None else draws_NK[:, 1:]
-            heads = self.heads(student, teachers, weights.head_smooth, weights.drop_teachers, drops)
-        feature, cross = self._drawn(student, teachers, draws_NK) if weights.feature or weights.cross else (zero, zero)
+            heads = self.heads(student, aligned, weights.head_smooth, weights.drop_teachers, drops)
+        feature, cross = self._drawn(student, aligned, draws_NK) if weights.feature or weights.cross else (zero, zero)
         return Stage2Terms(
             contrastive=contrastive,
             image_text=image_text,
@@ -233,6 +274,8 @@ class DistillObjective(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """MMKD-CLIP's two terms: each row is compared with the vectors of one of its admissible teachers."""
         image_ND, text_ND, rows_N = draw_teacher(teachers, None if draws_NK is None else draws_NK[:, 0])
+        if self.weights.target_length == "unit":
+            image_ND, text_ND = F.normalize(image_ND, dim=1), F.normalize(text_ND, dim=1)
         feature = feature_regression(student.image_BD, image_ND, rows_N)
         feature = feature + feature_regression(student.text_BD, text_ND, rows_N)
         scale = image_ND.new_tensor(PAPER_CROSS_SCALE) if self.cross_scale is None else self.cross_scale()

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 
-from common.config import fingerprint
-from common.errors import LakeError, TrainError
-from common.lake import Lake, open_lake, require_teachers
-from common.logs import logger
+from common.errors import TrainError
+from common.lake import Lake, open_lake
+from trainer.alignment.maps import Alignment, load_alignment
 from trainer.checkpoint import MODEL, load_checkpoint
 from trainer.config import Stage2Config
 from trainer.data import TrainData
 from trainer.launch import TrainResult, build_order, check_cluster, find_rows, launch, run_identity
 from trainer.objectives import DistillObjective
 from trainer.record import Job
+from trainer.selection import choose_selection
 from trainer.student import Student
 
 IMAGE_ENCODER_SCALE = 1 / 0.07
@@ -43,12 +43,13 @@ def train_stage2(lake_uri: str, run: str, init: str | None, config: Stage2Config
     placement = check_cluster(config.scale, config.data)
     checkpoint = load_checkpoint(init)
     architecture = checkpoint.architecture()
-    selection, teachers = choose_selection(lake, config)
+    selection, teachers = choose_selection(lake, config.selection, config.teachers)
     rows = find_rows(lake, teachers, selection, config.data.seed)
     order = build_order(rows, config.data, lake)
     scales = teacher_scales(lake, teachers, config)
     width = int(architecture.config["model_cfg"]["embed_dim"])
-    dims = teacher_dims(lake, teachers)
+    alignment = load_alignment(lake, config.alignment, teachers) if config.alignment else None
+    dims = teacher_dims(lake, teachers, alignment)
     if config.distill.feature or config.distill.cross:
         insist_on_width(dims, width)
     start_scale = float(checkpoint.tensors(MODEL)["logit_scale"].exp())
@@ -57,6 +58,7 @@ def train_stage2(lake_uri: str, run: str, init: str | None, config: Stage2Config
         "selection": selection,
         "teachers": {name: lake.read_teacher(name)["fingerprint"] for name in teachers},
         "teacher_scales": scales,
+        **({"alignment": alignment.name} if alignment else {}),
     }
     job = Job(
         stage="stage 2",
@@ -67,51 +69,17 @@ def train_stage2(lake_uri: str, run: str, init: str | None, config: Stage2Config
         gpu=placement.gpu,
         threads=placement.threads,
         total_steps=order.steps_per_epoch * config.epochs,
-        objective=functools.partial(DistillObjective, config.distill, scales, start_scale, width, dims),
+        objective=functools.partial(
+            DistillObjective, config.distill, scales, start_scale, width, dims, alignment.maps if alignment else None
+        ),
         start=functools.partial(_start, checkpoint.uri),
         validation_places=rows.validation,
         identity=run_identity("stage2", config, rows, architecture, **facts),
     )
-    lengths = config.distill.target_length == "stored"
+    # Maps are fitted to unit vectors; what comes out of them has the length that counts then.
+    lengths = config.distill.target_length == "stored" and alignment is None
     data = TrainData(lake.uri, order, architecture, config.data.crop_scale, teachers, selection, lengths)
     return launch(lake, run, job, data, placement)
-
-
-def choose_selection(lake: Lake, config: Stage2Config) -> tuple[str, tuple[str, ...]]:
-    """The selection to use and its teachers, or those of them that the configuration names.
-
-    Raises:
-        LakeError: There is no selection, not the one asked for, or it lacks a teacher.
-    """
-    manifests = {
-        name: lake.storage.read_json(f"selection/{name}/selection.json")
-        for name in lake.storage.list_folders("selection")
-        if lake.storage.exists(f"selection/{name}/selection.json")
-    }
-    if not manifests:
-        raise LakeError(f"{lake.uri} has no selection yet. Run `mmkd select {lake.uri}` first.")
-    newest = max(manifests, key=lambda name: (str(manifests[name]["created_at"]), name))
-    chosen = config.selection or newest
-    if chosen not in manifests:
-        raise LakeError(f"{lake.uri} has no selection {chosen!r}; it has {', '.join(sorted(manifests))}.")
-    selected = manifests[chosen]["teachers"]
-    teachers = tuple(config.teachers or selected)
-    missing = sorted(set(teachers) - set(selected))
-    if missing:
-        raise LakeError(
-            f"Selection {chosen} does not cover {', '.join(missing)} (it covers {', '.join(selected)}). "
-            f"Run `mmkd select {lake.uri}` again after extracting, or leave these teachers out."
-        )
-    found = tuple(require_teachers(lake, teachers))
-    recorded = manifests[chosen]["fingerprint"]["teachers"]
-    changed = [name for name in found if recorded[name] != fingerprint(lake.read_teacher(name)["fingerprint"])]
-    if changed:
-        raise LakeError(
-            f"Selection {chosen} was made from other embeddings of {', '.join(changed)} than the lake holds now. "
-            f"Run `mmkd select {lake.uri}` again."
-        )
-    logger.info("stage 2: selection %s with %s", chosen, manifests[chosen]["fingerprint"]["config"])
-    return chosen, found
 
 
 def teacher_scales(lake: Lake, teachers: tuple[str, ...], config: Stage2Config) -> dict[str, float]:
@@ -120,10 +88,19 @@ def teacher_scales(lake: Lake, teachers: tuple[str, ...], config: Stage2Config) 
     return {name: float(config.distill.teacher_scale or scale) for name, scale in own.items()}
 
 
-def teacher_dims(lake: Lake, teachers: tuple[str, ...]) -> dict[str, tuple[int | None, int | None]]:
-    """Teacher -> widths of its picture's and its caption's vectors; None for a tower it lacks."""
-    producers = {name: lake.read_teacher(name)["fingerprint"] for name in teachers}
-    return {name: (producer.get("image_dim"), producer.get("text_dim")) for name, producer in producers.items()}
+def teacher_dims(
+    lake: Lake, teachers: tuple[str, ...], alignment: Alignment | None
+) -> dict[str, tuple[int | None, int | None]]:
+    """Teacher -> widths of its picture's and its caption's vectors, aligned if so; None for a tower it lacks."""
+    dims = {}
+    for name in teachers:
+        producer = lake.read_teacher(name)["fingerprint"]
+        maps = alignment.maps[name] if alignment else {}
+        image, text = (
+            len(maps[side].shift_W) if side in maps else producer.get(f"{side}_dim") for side in ("image", "text")
+        )
+        dims[name] = image, text
+    return dims
 
 
 def insist_on_width(dims: dict[str, tuple[int | None, int | None]], width: int) -> None:
@@ -137,9 +114,9 @@ def insist_on_width(dims: dict[str, tuple[int | None, int | None]], width: int) 
         listing = "; ".join(f"{name} has {image} and {text}" for name, (image, text) in others.items())
         raise TrainError(
             f"distill.feature and distill.cross compare the student's vectors, of {width} dimensions, with a teacher's "
-            f"directly, and these teachers' are of others: {listing}. Import projected features "
-            "(`mmkd import mmkd-features --projected`), name teachers of that width with --teachers, or use "
-            "distill.heads, which give every teacher a map of its own."
+            f"directly, and these teachers' are of others: {listing}. Bring them into one space with `mmkd align LAKE "
+            f"--recipe paper --set autoencoder.latent_dim={width}` and --set alignment=newest, import features that "
+            "are projected already (`mmkd import mmkd-features --projected`), or use distill.heads instead."
         )
 
 

@@ -18,7 +18,7 @@ from cluster.commands.options import (
 )
 from cluster.session import ray_session
 from common.config import load_config
-from trainer.config import EvaluateConfig, SelectConfig, Stage1Config, Stage2Config
+from trainer.config import AlignConfig, EvaluateConfig, SelectConfig, Stage1Config, Stage2Config
 
 LakeUri = Annotated[str, typer.Argument(metavar="LAKE", help="Folder or address of the lake.")]
 Run = Annotated[str, typer.Option("--run", help="Name of the run; the same name resumes it.")]
@@ -44,6 +44,29 @@ def select(
     from trainer.selection import select as run
 
     run(lake, settings)
+
+
+def align(
+    lake: LakeUri,
+    recipe: Annotated[str | None, typer.Option(help="paper or standardise.")] = None,
+    teachers: Teachers = None,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    print_config: PrintConfig = False,
+) -> None:
+    """Fit maps that bring the teachers' vectors into spaces in which stage 2 can learn them.
+
+    Stage 2 uses them with --set alignment=newest.
+
+    Example: mmkd align ./lake --recipe paper
+    """
+    settings = load_config(AlignConfig, config, overrides or (), recipe=recipe, teachers=split_names(teachers))
+    if print_config:
+        show_config(settings)
+        return
+    from trainer.alignment.align import align as run
+
+    typer.echo(run(lake, settings))
 
 
 @train_app.command("stage1")

@@ -36,6 +36,7 @@ SURFACE = {
     "verify": {"--teachers", "--repair", "--pairs"},
     "compact": {"--teachers", "--target-mib"},
     "select": {"--teachers"} | COMMON,
+    "align": {"--recipe", "--teachers"} | COMMON,
     "train stage1": {"--run", "--epochs"} | COMMON,
     "train stage2": {"--init", "--run", "--teachers", "--epochs"} | COMMON,
     "evaluate": {"--models", "--catalog", "--store", "--split", "--templates"} | COMMON,

@@ -143,7 +143,7 @@ def write_lake(uri: str, rows: int = 96, shard_rows: int = 24, val_share: float 
             lake.storage.write_table(f"{lake.features_folder(name)}/{shard_name(shard)}", features)
             chosen = selection_table(part, lambda s, speaks=speaks: speaks(s) and int(s.sample_id, 16) % 7 != 0)
             lake.storage.write_table(f"selection/sel/teacher={name}/{shard_name(shard)}", chosen)
-    made = {name: {"name": name} for name in teachers}
+    made = {name: {"name": name, "image_dim": dim, "text_dim": dim} for name, (dim, _) in teachers.items()}
     for name in teachers:
         manifest = {"fingerprint": made[name], "logit_scale": 20.0}
         lake.storage.write_json(f"{lake.features_folder(name)}/teacher.json", manifest)
@@ -192,7 +192,7 @@ def write_image_encoder(uri: str, dim: int = 10, name: str = "pixels") -> str:
             )
         table = pa.Table.from_pylist(rows, schema=features_schema(dim, None))
         lake.storage.write_table(f"{lake.features_folder(name)}/{shard_name(shard)}", table)
-    manifest = {"fingerprint": {"name": name, "text_dim": None}, "logit_scale": None}
+    manifest = {"fingerprint": {"name": name, "image_dim": dim, "text_dim": None}, "logit_scale": None}
     lake.storage.write_json(f"{lake.features_folder(name)}/teacher.json", manifest)
     return name
 

@@ -12,8 +12,8 @@ from trainer.data import TrainData
 from trainer.feed import local_batches
 from trainer.launch import build_order, find_rows
 from trainer.objectives import DistillObjective, TeacherBatch
-from trainer.selection import select
-from trainer.stage2 import IMAGE_ENCODER_SCALE, choose_selection, teacher_scales
+from trainer.selection import choose_selection, select
+from trainer.stage2 import IMAGE_ENCODER_SCALE, teacher_scales
 from trainer.student import StudentOutput
 
 TEACHERS = ("alpha", "pixels")
@@ -64,7 +64,7 @@ def test_batches_hold_its_pictures_and_mask_its_texts(selected, student_folder):
 
 def test_stage_2_gives_it_a_scale_of_its_own(selected):
     lake = open_lake(selected[0])
-    _, teachers = choose_selection(lake, Stage2Config(teachers=TEACHERS))
+    _, teachers = choose_selection(lake, None, TEACHERS)
     assert teacher_scales(lake, teachers, Stage2Config()) == {"alpha": 20.0, "pixels": IMAGE_ENCODER_SCALE}
 
 

@@ -1,0 +1,168 @@
+"""``mmkd align``: fit maps on the train rows that teachers may speak for, shard by shard, and say what they change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from common.config import fingerprint
+from common.errors import LakeError, TrainError
+from common.lake import Lake, open_lake
+from common.logs import Progress, logger
+from common.seeding import rng
+from trainer.alignment.agreement import Sample, describe_agreement, format_agreement
+from trainer.alignment.maps import SIDES, Maps, save_alignment, touch_alignment
+from trainer.alignment.standardise import Moments
+from trainer.config import AlignConfig
+from trainer.data import read_selection
+from trainer.selection import choose_selection, vectors_of
+
+COLUMNS = ["sample_id", "image_embedding", "text_embedding"]
+
+
+def align(lake_uri: str, config: AlignConfig) -> str:
+    """Fit an alignment to a lake's teachers and keep it under ``alignment/<fingerprint>/``.
+
+    Memory is bounded by a shard of all teachers. Test and val rows are never looked at.
+
+    Returns:
+        The fingerprint.
+
+    Raises:
+        LakeError: No lake, no embeddings, or no selection that covers the teachers.
+        TrainError: There is too little to fit to.
+    """
+    lake = open_lake(lake_uri)
+    selection, teachers = choose_selection(lake, config.selection, config.teachers)
+    identity = {
+        "config": {**config.model_dump(mode="json"), "teachers": sorted(teachers), "selection": selection},
+        "teachers": {name: fingerprint(lake.read_teacher(name)["fingerprint"]) for name in sorted(teachers)},
+        "shards": lake.shards(),
+    }
+    name = fingerprint(identity)
+    if touch_alignment(lake, name):
+        logger.info("align: alignment/%s is there already, made with the same settings; nothing to do", name)
+        return name
+    rows = TrainRows(lake, selection, tuple(sorted(teachers)))
+    facts: dict[str, Any] = {}
+    if config.recipe == "standardise":
+        maps = standardise(rows)
+    else:
+        maps, facts["course"] = fit_paper(rows, config)
+    facts["agreement"] = describe_agreement(take_sample(rows, config), maps)
+    save_alignment(lake, identity, maps, facts)
+    logger.info("align: wrote alignment/%s\n%s", name, format_agreement(facts["agreement"]))
+    return name
+
+
+class TrainRows:
+    """The train rows of a lake with the vectors of the teachers that may speak for them.
+
+    Args:
+        lake: The lake.
+        selection: Fingerprint of the selection.
+        teachers: Whose vectors.
+    """
+
+    def __init__(self, lake: Lake, selection: str, teachers: tuple[str, ...]) -> None:
+        self.lake, self.selection, self.teachers = lake, selection, teachers
+        self.shards = lake.shards()
+        producers = {name: lake.read_teacher(name)["fingerprint"] for name in teachers}
+        self.dims = {name: {side: made.get(f"{side}_dim") for side in SIDES} for name, made in producers.items()}
+
+    def read(self, shard: int) -> dict[str, dict[str, np.ndarray]]:
+        """Teacher -> side -> float32 [N, T] over the shard's train rows; NaN rows where it may not speak."""
+        pairs = self.lake.read_pairs(shard, ["sample_id", "split"])
+        train = np.array(pairs["split"].to_pylist()) == "train"
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for name in self.teachers:
+            try:
+                features = self.lake.read_features(name, shard, COLUMNS)
+            except FileNotFoundError as error:
+                raise LakeError(
+                    f"{self.lake.uri} has no embeddings of teacher {name!r} for shard {shard}. Run `mmkd extract` "
+                    "again: it computes only what is missing."
+                ) from error
+            admitted = read_selection(self.lake, self.selection, name, shard, pairs)["admitted"].to_numpy()
+            found[name] = {}
+            for side in SIDES:
+                if self.dims[name][side]:
+                    vectors = vectors_of(features[f"{side}_embedding"])
+                    vectors[~admitted] = np.nan
+                    found[name][side] = vectors[train]
+        return found
+
+
+def standardise(rows: TrainRows) -> Maps:
+    """PHI-S for each teacher and side, from one pass over the shards."""
+    moments = {name: {side: Moments() for side in SIDES if rows.dims[name][side]} for name in rows.teachers}
+    progress = Progress("align", len(rows.shards), "shards")
+    for shard in rows.shards:
+        for name, sides in rows.read(shard).items():
+            for side, vectors in sides.items():
+                moments[name][side].add(vectors[np.isfinite(vectors[:, 0])])
+        progress.advance(1)
+    return {
+        name: {side: one.standardising(f"teacher {name!r} ({side})") for side, one in sides.items()}
+        for name, sides in moments.items()
+    }
+
+
+def fit_paper(rows: TrainRows, config: AlignConfig) -> tuple[Maps, list[float]]:
+    """The shared autoencoder, for teachers with two towers of one width.
+
+    Raises:
+        TrainError: There is none, or one has only one tower.
+    """
+    from trainer.alignment.autoencoder import fit_autoencoder
+
+    uneven = [name for name, dims in rows.dims.items() if not dims["image"] or dims["image"] != dims["text"]]
+    if uneven:
+        raise TrainError(
+            f"The paper's autoencoder needs teachers with two towers of one width, unlike {', '.join(uneven)}. Name "
+            "the others with --teachers, or use --recipe standardise."
+        )
+    progress = Progress("align", config.autoencoder.epochs * len(rows.shards), "shards")
+
+    def epoch(number: int) -> Iterator[dict[str, tuple[np.ndarray, np.ndarray]]]:
+        size = config.autoencoder.batch_size
+        for shard in rng(config.seed, "align shards", number).permutation(rows.shards):
+            found = rows.read(int(shard))
+            count = len(next(iter(found.values()))["image"])
+            order = rng(config.seed, "align rows", number, int(shard)).permutation(count)
+            for first in range(0, count, size):
+                batch = {}
+                for name, sides in found.items():
+                    image, text = (sides[side][order[first : first + size]] for side in SIDES)
+                    both = np.isfinite(image[:, 0]) & np.isfinite(text[:, 0])
+                    batch[name] = image[both], text[both]
+                yield batch
+            progress.advance(1)
+
+    dims = {name: int(found["image"] or 0) for name, found in rows.dims.items()}
+    epochs = (epoch(number) for number in range(config.autoencoder.epochs))
+    maps, course = fit_autoencoder(epochs, dims, config.autoencoder, config.seed)
+    if not any(course):
+        raise TrainError("There is no train row for which any of the teachers may speak; loosen the selection.")
+    logger.info("align: error of the reconstruction by epoch: %s", ", ".join(f"{error:.5f}" for error in course))
+    return maps, [round(error, 8) for error in course]
+
+
+def take_sample(rows: TrainRows, config: AlignConfig) -> Sample:
+    """Rows to describe the change by: whole shards drawn by the seed, until there are enough."""
+    taken: dict[str, dict[str, list[np.ndarray]]] = {name: {side: [] for side in SIDES} for name in rows.teachers}
+    count = 0
+    for shard in rng(config.seed, "align sample").permutation(rows.shards):
+        found = rows.read(int(shard))
+        for name, sides in found.items():
+            for side, vectors in sides.items():
+                taken[name][side].append(vectors)
+        count += max((len(vectors) for sides in found.values() for vectors in sides.values()), default=0)
+        if count >= config.sample_rows:
+            break
+    return {
+        name: {side: np.concatenate(parts)[: config.sample_rows] for side, parts in sides.items() if parts}
+        for name, sides in taken.items()
+    }
