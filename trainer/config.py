@@ -129,7 +129,7 @@ class DataConfig(StrictModel):
 
 
 class ScaleConfig(StrictModel):
-    """Where the training runs and how often it saves."""
+    """Where the training runs, and how often it saves and to whom it reports."""
 
     workers: PositiveInt = Field(1, description="Ray Train workers; with GPUs, one each.")
     use_gpu: bool | None = Field(None, description="None: use GPUs when the cluster has them.")
@@ -141,6 +141,11 @@ class ScaleConfig(StrictModel):
     checkpoint_every: PositiveInt = Field(500, description="Steps between checkpoints.")
     keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints kept, beside the best one.")
     log_every: PositiveInt = Field(10, description="Steps between metric rows.")
+    track: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        ("tensorboard",),
+        description="Where metric rows go beside metrics.jsonl: tensorboard writes event files into the run's folder; "
+        "mlflow and wandb (to be installed beside) are configured by their own environment variables.",
+    )
     max_failures: int = Field(2, ge=0, description="How often a lost worker group is restarted from its checkpoint.")
 
 

@@ -25,6 +25,7 @@ from trainer.config import DataConfig, ScaleConfig, Stage1Config, Stage2Config
 from trainer.data import TrainData, read_selection
 from trainer.order import Order
 from trainer.record import ERROR, RESULT, Job
+from trainer.trackers import check_trackers
 
 VALIDATION_ROWS = 512
 RUN = "run.json"
@@ -124,8 +125,9 @@ def check_cluster(scale: ScaleConfig, data: DataConfig) -> Placement:
 
     Raises:
         ClusterError: It cannot; says what is there and what is needed.
-        TrainError: The lanes cannot be dealt to the workers evenly.
+        TrainError: The lanes cannot be dealt to the workers evenly, or a tracker's package is missing.
     """
+    check_trackers(scale.track)
     if data.lanes % scale.workers:
         raise TrainError(
             f"data.lanes={data.lanes} is not a multiple of scale.workers={scale.workers}, so the lanes cannot be dealt "

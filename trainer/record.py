@@ -35,6 +35,7 @@ from trainer.loop import StepReport, validation_loss
 from trainer.objectives import Objective
 from trainer.optim import load_optimizer_tensors, optimizer_tensors
 from trainer.student import Student
+from trainer.trackers import open_tracker
 
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
@@ -84,6 +85,7 @@ class Recorder:
         # Rows of steps after the checkpoint are written again, by the same steps done again.
         self.rows = [row for row in read_metrics(run) if row["step"] <= first_step]
         self.progress = Progress(job.stage, job.total_steps - first_step, "steps")
+        self.trackers = [open_tracker(kind, run, job.stage, job.identity) for kind in job.scale.track]
         self.seconds = self.waited = 0.0
         self.samples = 0
         # In the background: the first batches are being waited for meanwhile.
@@ -115,6 +117,7 @@ class Recorder:
             "samples_per_s": self.samples / max(self.seconds, 1e-9),
             "data_wait": self.waited / max(self.seconds, 1e-9),
             "batch": fingerprint(places.tolist()),
+            "at": time.time(),
         }
         self.seconds, self.waited, self.samples = 0.0, 0.0, 0
         return row
@@ -152,10 +155,14 @@ class Recorder:
     def _write_metrics(self) -> None:
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         self.run.write_bytes(METRICS, text.encode())
+        for tracker in self.trackers:
+            tracker.log(self.rows)
 
     def finish(self) -> None:
         """Write the metrics and, last, the result: its presence means the run is done."""
         self.progress.say()
+        for tracker in self.trackers:
+            tracker.close()
         best = best_checkpoint(self.run)
         if best is None:
             logger.info("%s: no validation rows, so the newest checkpoint counts as the best", self.job.stage)
