@@ -1,0 +1,207 @@
+"""Samples a second of the reader of aligned shards against one file a sample, and against a tar read as a stream.
+
+    python tests/benchmarks/bench_reader.py [--runs N] [--rows N] [--record]
+
+All hold the same vectors of nine teachers, of the widths of the paper's. The first baseline is the layout in which
+MMKD-CLIP's features are distributed, as its data set class reads them: a ``.pt`` file for each sample, ``torch.load``.
+The second is a WebDataset: the same tensors in tars. Every way ends with the same: for each teacher float32 [B, D] for
+pictures and for captions, and a mask. Pictures are left out, since all have the same.
+"""
+
+import argparse
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from paired import Comparison, conclude, in_turn, parser, workplace
+from watch import CpuMeter
+
+WIDTHS = {f"t{place}": width for place, width in enumerate((768, 512, 512, 512, 512, 512, 768, 512, 512))}
+SPOKEN = 0.74
+"""Share of samples for which a teacher speaks, as in the paper."""
+BATCH = 256
+SHARD_ROWS = 1024
+LEAST_RATIO, MOST_BYTES = 20.0, 1 / 3
+
+
+def vectors(rows: int) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, np.ndarray]]:
+    """Unit vectors of pictures and captions, rounded as they are stored, and where each teacher speaks."""
+    draw = np.random.default_rng(0)
+
+    def unit(width: int) -> np.ndarray:
+        x = draw.normal(size=(rows, width)).astype(np.float32)
+        return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16).astype(np.float32)
+
+    masks = {name: draw.random(rows) < SPOKEN for name in WIDTHS}
+    return {name: (unit(width), unit(width)) for name, width in WIDTHS.items()}, masks
+
+
+def write_files(folder: Path, found: dict[str, tuple[np.ndarray, np.ndarray]], masks: dict[str, np.ndarray]) -> None:
+    """One ``.pt`` a sample, and the same bytes in tars of a shard's rows."""
+    import torch
+
+    rows = len(next(iter(masks.values())))
+    for start in range(0, rows, SHARD_ROWS):
+        with tarfile.open(folder / f"{start // SHARD_ROWS:06d}.tar", "w") as tar:
+            for row in range(start, min(start + SHARD_ROWS, rows)):
+                entries = {
+                    f"{name}_{end}": torch.from_numpy(side[row].copy())
+                    for name, sides in found.items()
+                    if masks[name][row]
+                    for end, side in zip(("img", "txt"), sides, strict=True)
+                }
+                place = folder / "files" / f"{row:08d}"
+                place.mkdir(parents=True)
+                torch.save(entries, place / "clips_output.pt")
+                tar.add(place / "clips_output.pt", f"{row:08d}.pt")
+
+
+def write_lake(folder: Path, found: dict[str, tuple[np.ndarray, np.ndarray]], masks: dict[str, np.ndarray]) -> str:
+    """The same as a lake, by the functions that extract and select write with."""
+    import pyarrow as pa
+
+    from common.lake import create_lake, shard_name
+    from common.schemas import PAIRS, SELECTION, features_schema
+    from extractor.prepare import fixed_rows
+    from extractor.sink import write_single
+
+    lake = create_lake(str(folder / "lake"), SHARD_ROWS)
+    rows = len(next(iter(masks.values())))
+    fixed = {
+        "image": b"",
+        "captions": ["a"],
+        "source": "s",
+        "source_key": "k",
+        "width": 1,
+        "height": 1,
+        "split": "train",
+    }
+    for start in range(0, rows, SHARD_ROWS):
+        ids = [f"{row:032x}" for row in range(start, min(start + SHARD_ROWS, rows))]
+        table = pa.Table.from_pylist([{"sample_id": one, "sha256": one, **fixed} for one in ids], schema=PAIRS)
+        lake.storage.write_table(f"pairs/{shard_name(start // SHARD_ROWS)}", table)
+        for name, sides in found.items():
+            here, dim = slice(start, start + len(ids)), WIDTHS[name]
+            absent = pa.array(~masks[name][here])
+            columns = {"sample_id": pa.array(ids)}
+            for side, values in zip(("image", "text"), sides, strict=True):
+                flat = fixed_rows(values[here]).flatten()
+                columns[f"{side}_embedding"] = pa.FixedSizeListArray.from_arrays(flat, dim, mask=absent)
+                columns[f"{side}_norm"] = pa.array(np.ones(len(ids), np.float32), mask=~masks[name][here])
+            schema = features_schema(dim, dim)
+            columns["extra_text_embeddings"] = pa.array([[]] * len(ids), schema.field("extra_text_embeddings").type)
+            features = pa.table({field: columns[field] for field in schema.names}, schema=schema)
+            write_single(lake, name, start // SHARD_ROWS, features, {"image_dim": dim, "text_dim": dim})
+            chosen = [
+                {"sample_id": one, "admitted": bool(said)} for one, said in zip(ids, masks[name][here], strict=True)
+            ]
+            selected = pa.Table.from_pylist(chosen, schema=SELECTION)
+            lake.storage.write_table(f"selection/sel/teacher={name}/{shard_name(start // SHARD_ROWS)}", selected)
+    return lake.uri
+
+
+Sides = dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
+"""Teacher -> float32 [B, D] of pictures, of captions, and bool [B]."""
+
+
+def collate(loaded: list[dict]) -> Sides:
+    """Samples' tensors as dense batches."""
+    batch: Sides = {}
+    for name, width in WIDTHS.items():
+        image, text = (np.zeros((len(loaded), width), np.float32) for _ in range(2))
+        mask = np.array([f"{name}_img" in entries for entries in loaded])
+        for row in np.flatnonzero(mask):
+            image[row], text[row] = loaded[row][f"{name}_img"].numpy(), loaded[row][f"{name}_txt"].numpy()
+        batch[name] = image, text, mask
+    return batch
+
+
+def read_files(folder: Path) -> Iterator[Sides]:
+    """As the authors' data set class: one ``torch.load`` a sample."""
+    import torch
+
+    places = sorted((folder / "files").iterdir())
+    for start in range(0, len(places), BATCH):
+        yield collate([torch.load(place / "clips_output.pt") for place in places[start : start + BATCH]])
+
+
+def read_tars(folder: Path) -> Iterator[Sides]:
+    """As a WebDataset is read: tars as streams, each member decoded."""
+    import torch
+
+    loaded: list[dict] = []
+    for file in sorted(folder.glob("*.tar")):
+        with tarfile.open(file, "r|") as tar:
+            for member in tar:
+                content = tar.extractfile(member)
+                assert content is not None
+                loaded.append(torch.load(io.BytesIO(content.read())))
+                if len(loaded) == BATCH:
+                    yield collate(loaded)
+                    loaded = []
+    if loaded:
+        yield collate(loaded)
+
+
+def read_shards(lake_uri: str) -> Iterator[Sides]:
+    """As stage 2 reads: aligned shards side by side, ids compared, dense batches with masks."""
+    from common.lake import Lake
+    from trainer.data import FEATURE_COLUMNS, read_selection, teacher_columns
+
+    lake = Lake(lake_uri)
+    for shard in lake.shards():
+        pairs = lake.read_pairs(shard, ["sample_id"])
+        sides = {}
+        for name in WIDTHS:
+            features = lake.read_features(name, shard, FEATURE_COLUMNS)
+            assert features["sample_id"].equals(pairs["sample_id"])
+            admitted = read_selection(lake, "sel", name, shard, pairs)["admitted"]
+            named = [f"{name}/{column}" for column in features.column_names]
+            table = features.rename_columns(named).append_column(f"{name}/admitted", admitted)
+            dense = teacher_columns(table, name, np.zeros(len(table), np.int64))
+            sides[name] = dense["image"], dense["text"], dense["image_mask"]
+        for start in range(0, pairs.num_rows, BATCH):
+            part = slice(start, start + BATCH)
+            yield {name: (image[part], text[part], mask[part]) for name, (image, text, mask) in sides.items()}
+
+
+def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Comparison], str]:
+    """Compare the rates and the sizes, after insisting that all read the same."""
+    found, masks = vectors(options.rows)
+    write_files(folder, found, masks)
+    lake = write_lake(folder, found, masks)
+    ways = {
+        "one .pt a sample": lambda: read_files(folder),
+        "tars of .pt": lambda: read_tars(folder),
+        "aligned shards": lambda: read_shards(lake),
+    }
+    for batches in zip(*(run() for run in ways.values()), strict=True):
+        for name in WIDTHS:
+            for other in batches[1:]:
+                for left, right in zip(batches[0][name], other[name], strict=True):
+                    np.testing.assert_array_equal(left, right)
+    rate = Comparison("teachers' vectors of a sample, samples", "samples per CPU second", LEAST_RATIO)
+    size = Comparison("size on disk", "kB per sample", MOST_BYTES, at_most=True)
+
+    def time_way(way: str) -> None:
+        with CpuMeter() as meter:
+            rows = sum(len(batch["t0"][2]) for batch in ways[way]())
+        rate.add(way, rows / meter.seconds)
+
+    in_turn(options.runs, {way: lambda way=way: time_way(way) for way in ways})
+    for way, pattern in (
+        ("one .pt a sample", "files/*/*.pt"),
+        ("tars of .pt", "*.tar"),
+        ("aligned shards", "lake/features/**/*.parquet"),
+    ):
+        size.add(way, sum(file.stat().st_size for file in folder.glob(pattern)) / options.rows / 1e3)
+    return [rate, size], f"{len(WIDTHS)} teachers, {options.rows} samples in shards of {SHARD_ROWS}"
+
+
+if __name__ == "__main__":
+    chosen = parser(__doc__ or "", rows=4096).parse_args()
+    with workplace(chosen) as place:
+        results, described = measure(chosen, place)
+    conclude(results, chosen, described)
