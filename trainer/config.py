@@ -21,10 +21,10 @@ class SelectConfig(StrictModel):
         "often (0.5 is chance). Raise it when teachers speak outside their field.",
     )
     keep_fraction: float = Field(
-        0.9,
+        0.74,
         gt=0,
         le=1,
-        description="Share of a teacher's samples kept in a modality, best matched cosine first. The paper keeps 0.74.",
+        description="Share of a teacher's samples kept in a modality, best matched cosine first. The paper: 0.74.",
     )
     max_rank_fraction: float = Field(
         1.0,
@@ -32,6 +32,11 @@ class SelectConfig(StrictModel):
         le=1,
         description="Drop a sample for a teacher when its true caption ranks below this share of the candidates. "
         "Lower it on data whose captions are specific; generic captions rank badly through no fault of the picture.",
+    )
+    keep_one: bool = Field(
+        False,
+        description="Where no teacher may speak for a sample, admit the competent one whose cosine ranks highest among "
+        "its own.",
     )
     candidates: PositiveInt = Field(
         1000, description="Captions of the same modality each true caption is ranked among."

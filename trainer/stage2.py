@@ -13,7 +13,7 @@ from trainer.data import TrainData
 from trainer.launch import TrainResult, build_order, check_cluster, find_rows, launch, run_identity
 from trainer.objectives import DistillObjective
 from trainer.record import Job
-from trainer.selection import choose_selection
+from trainer.selection.stored import choose_selection
 from trainer.student import Student
 
 IMAGE_ENCODER_SCALE = 1 / 0.07

@@ -35,13 +35,13 @@ def select(
 ) -> None:
     """Score every pair with every teacher and decide which teachers may speak for it.
 
-    Example: mmkd select ./lake --set keep_fraction=0.74
+    Example: mmkd select ./lake --set keep_fraction=0.9 --set keep_one=true
     """
     settings = load_config(SelectConfig, config, overrides or (), teachers=split_names(teachers))
     if print_config:
         show_config(settings)
         return
-    from trainer.selection import select as run
+    from trainer.selection.select import select as run
 
     run(lake, settings)
 

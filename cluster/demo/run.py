@@ -154,14 +154,14 @@ def run_steps(
     from cluster.demo.closing import evaluate_all, export_and_report
     from cluster.demo.settings import student_config
     from extractor.pipeline import extract
-    from trainer.selection import select
+    from trainer.selection.select import select
     from trainer.stage1 import train_stage1
     from trainer.stage2 import train_stage2
 
     clock.step("extract", "every teacher embeds every pair -> features/")
     extract(lake.uri, ExtractConfig(teachers=tuple(teachers), catalog=catalog, micro_batch=128))
     clock.step("select", "which teacher may speak for which sample -> selection/")
-    select(lake.uri, SelectConfig(min_skill=config.min_skill))
+    select(lake.uri, SelectConfig(min_skill=config.min_skill, keep_fraction=0.9))
     stage1, stage2 = student_config(lake, home, config)
     clock.step("stage 1", "contrastive pre-training of the student on the pairs alone -> runs/stage1")
     first = train_stage1(lake.uri, "stage1", stage1)

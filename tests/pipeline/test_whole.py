@@ -22,7 +22,7 @@ with ray_session():
     from trainer.config import EvaluateConfig, SelectConfig, Stage1Config, Stage2Config
     from trainer.evaluation.models import find_model
     from trainer.evaluation.run import evaluate
-    from trainer.selection import select
+    from trainer.selection.select import select
     from trainer.stage1 import train_stage1
     from trainer.stage2 import train_stage2
 

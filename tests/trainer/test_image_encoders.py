@@ -12,7 +12,8 @@ from trainer.data import TrainData
 from trainer.feed import local_batches
 from trainer.launch import build_order, find_rows
 from trainer.objectives import DistillObjective, TeacherBatch
-from trainer.selection import choose_selection, select
+from trainer.selection.select import select
+from trainer.selection.stored import choose_selection
 from trainer.stage2 import IMAGE_ENCODER_SCALE, teacher_scales
 from trainer.student import StudentOutput
 
@@ -38,7 +39,7 @@ def test_selection_admits_it_wherever_it_has_a_vector(selected):
 
 
 def test_the_summary_says_so(selected, caplog):
-    from trainer.selection import format_summary
+    from trainer.selection.summary import format_summary
 
     summary = open_lake(selected[0]).storage.read_json(f"selection/{selected[1]}/selection.json")["summary"]
     (line,) = [line for line in format_summary(summary).splitlines() if line.startswith("pixels")]

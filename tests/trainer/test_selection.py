@@ -6,7 +6,9 @@ import pytest
 from common.errors import LakeError
 from common.lake import open_lake
 from trainer.config import SelectConfig
-from trainer.selection import choose_selection, format_summary, select
+from trainer.selection.select import select
+from trainer.selection.stored import choose_selection
+from trainer.selection.summary import format_summary
 
 EVERYONE = SelectConfig(min_skill=0, keep_fraction=1)
 
@@ -133,3 +135,74 @@ def test_a_selection_of_other_embeddings_or_teachers_is_refused(tiny_lake):
     lake.storage.write_json("features/teacher=alpha/teacher.json", other)
     with pytest.raises(LakeError, match="made from other embeddings of alpha"):
         choose_selection(lake, name, ())
+
+
+def test_where_nobody_may_speak_the_best_competent_teacher_does_if_so_asked(tiny_lake):
+    settings = SelectConfig(min_skill=0, keep_fraction=0.2)
+    without, with_one = (
+        {teacher: selected(tiny_lake, name, teacher) for teacher in ("alpha", "beta")}
+        for name in (select(tiny_lake, settings), select(tiny_lake, settings.model_copy(update={"keep_one": True})))
+    )
+    changed = 0
+    for place in range(96):
+        before = {teacher: rows[place] for teacher, rows in without.items()}
+        after = {teacher: rows[place] for teacher, rows in with_one.items()}
+        if any(row["admitted"] for row in before.values()):
+            assert after == before
+            continue
+        known = {
+            teacher: row["cosine_quantile"] for teacher, row in before.items() if row["cosine_quantile"] is not None
+        }
+        best = max(known, key=lambda teacher: known[teacher])
+        assert {teacher for teacher, row in after.items() if row["admitted"]} == {best}
+        changed += 1
+    assert changed > 20
+    lake = open_lake(tiny_lake)
+    for name in lake.storage.list_folders("selection"):
+        if not lake.storage.exists(f"selection/{name}/keep-rates.svg"):
+            continue  # the fixture's own
+        summary = lake.storage.read_json(f"selection/{name}/selection.json")["summary"]
+        for teacher in ("alpha", "beta"):
+            rows = [row for row in selected(tiny_lake, name, teacher) if row["cosine"] is not None]
+            for modality, entry in summary[teacher].items():
+                here = [row["admitted"] for row in rows if row["modality"] == modality]
+                assert entry["kept"] == pytest.approx(np.mean(here) if here else 0, abs=2e-4)
+
+
+def test_the_report_shows_keep_rates_and_what_becomes_of_retrieval(tiny_lake):
+    lake = open_lake(tiny_lake)
+    name = select(tiny_lake, SelectConfig(min_skill=0, keep_fraction=0.5))
+    chart = lake.storage.read_bytes(f"selection/{name}/keep-rates.svg").decode()
+    assert "alpha" in chart
+    assert "green" in chart
+    summary = lake.storage.read_json(f"selection/{name}/selection.json")["summary"]
+    before, after = summary["alpha"]["red"]["found_first"]
+    assert 0 <= before <= 1
+    assert 0 <= after <= 1
+    assert summary["beta"]["red"]["found_first"] == [None, None]
+
+
+def test_a_sample_is_of_bounded_size_and_does_not_depend_on_the_shards():
+    from trainer.selection.read import ShardRows, ShardVectors
+    from trainer.selection.survey import survey_teacher
+
+    draw = np.random.default_rng(0)
+    vectors = draw.normal(size=(2, 5000, 4)).astype(np.float32)
+    order, keys = draw.permutation(5000), np.arange(5000)
+
+    def shards(size: int):
+        for start in range(0, 5000, size):
+            here = slice(start, start + size)
+            count = len(order[here])
+            rows = ShardRows(
+                0, [""] * count, np.full(count, "x", object), np.ones(count, bool), keys[here], order[here]
+            )
+            yield rows, ShardVectors(vectors[0, here], vectors[1, here])
+
+    one, other = (survey_teacher(shards(size), 100)["x"] for size in (700, 1234))
+    assert one.order_C.tolist() == other.order_C.tolist() == list(range(100))
+    np.testing.assert_array_equal(one.text_CD, other.text_CD)
+    cosines = np.einsum("nd,nd->n", *vectors)
+    exact = np.searchsorted(np.sort(cosines), cosines, side="right") / 5000
+    np.testing.assert_allclose(one.quantiles(cosines), exact, atol=2e-3)
+    assert one.count == 5000

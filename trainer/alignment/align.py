@@ -17,7 +17,8 @@ from trainer.alignment.maps import SIDES, Maps, save_alignment, touch_alignment
 from trainer.alignment.standardise import Moments
 from trainer.config import AlignConfig
 from trainer.data import read_selection
-from trainer.selection import choose_selection, vectors_of
+from trainer.selection.read import vectors_of
+from trainer.selection.stored import choose_selection
 
 COLUMNS = ["sample_id", "image_embedding", "text_embedding"]
 

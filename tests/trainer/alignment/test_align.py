@@ -97,7 +97,7 @@ def test_an_unfinished_alignment_does_not_count(tiny_lake):
 
 def test_an_image_encoder_is_standardised_on_its_side_and_has_no_place_in_the_papers_space(lake_with_image_encoder):
     from trainer.config import SelectConfig
-    from trainer.selection import select
+    from trainer.selection.select import select
 
     select(lake_with_image_encoder, SelectConfig(teachers=("alpha", "pixels"), min_skill=0.5))
     name = align(lake_with_image_encoder, AlignConfig())
