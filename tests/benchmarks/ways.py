@@ -3,6 +3,7 @@
 Every way answers with rows per second and per CPU second of all its processes, without its start-up.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -34,12 +35,14 @@ class Order:
         teachers: ``NAME=FOLDER`` of open_clip models.
         micro_batch: Rows per forward pass.
         settings: Further settings of extract, by their names in ExtractConfig.
+        pass_rows: Of the lake's rows, so many are enough to tell the rate of the passes; 0 takes all.
     """
 
     lake: str
     teachers: list[str]
     micro_batch: int = 64
     settings: dict[str, Any] = field(default_factory=dict)
+    pass_rows: int = 0
 
 
 def extract_way(order: Order) -> Answer:
@@ -175,7 +178,8 @@ def passes_way(order: Order) -> Answer:
     Stock open_clip and torchvision; as many worker processes as there are cores; the encoded pictures lie in memory. A
     pass counts from its first batch on, so that loading the model and starting the workers is left out.
     """
-    pairs = [pair for images, captions in _chunks(order.lake, 1024) for pair in zip(images, captions, strict=True)]
+    every = (pair for images, captions in _chunks(order.lake, 256) for pair in zip(images, captions, strict=True))
+    pairs = list(itertools.islice(every, order.pass_rows or None))
     seconds, cpu_seconds = 0.0, 0.0
     for reference in order.teachers:
         moments: list[float] = []
