@@ -6,17 +6,16 @@ the single files' footers said. Both are read here by asking the storage for exa
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from functools import lru_cache
 from typing import NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from common.errors import LakeError
 from common.listing import FileMark, Place
+from common.parquet_reading import read_columns, read_footer
 from common.storage import Storage
 
 FINGERPRINT, SAMPLES, CONTENT, PACK = "mmkd.fingerprint", "mmkd.samples", "mmkd.content", "mmkd.pack"
@@ -80,40 +79,6 @@ class DamagedFileError(LakeError):
         return LakeError, (str(self),)  # what a worker's exception becomes on its way to the driver
 
 
-class RangedFile(io.RawIOBase):
-    """A stored file as Arrow reads one: each read asks for exactly its range, nothing is fetched ahead."""
-
-    def __init__(self, storage: Storage, relative: str, size: int) -> None:
-        self.storage, self.relative, self.size = storage, relative, size
-        self.position = 0
-
-    def readable(self) -> bool:
-        """Always."""
-        return True
-
-    def seekable(self) -> bool:
-        """Always."""
-        return True
-
-    def tell(self) -> int:
-        """Bytes from the beginning."""
-        return self.position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a place; see :meth:`io.IOBase.seek`."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
-        self.position = base + offset
-        return self.position
-
-    def read(self, size: int = -1) -> bytes:
-        """Up to ``size`` bytes from here on, in one request."""
-        begin = self.position
-        end = self.size if size is None or size < 0 else min(begin + size, self.size)
-        data = b"".join(self.storage.pieces(self.relative, begin, end, end - begin)) if begin < end else b""
-        self.position += len(data)
-        return data
-
-
 class ShardFacts(NamedTuple):
     """What a footer says of one shard; the hashes are None in files from before they were kept."""
 
@@ -137,7 +102,7 @@ class ShardFile:
         self.name = relative.rsplit("/", 1)[-1]
         self.shards = shards_in(self.name)
         try:
-            self.footer = pq.read_metadata(RangedFile(storage, relative, size))
+            self.footer = read_footer(storage, relative, size)
             said = {key.decode(): value.decode() for key, value in (self.footer.metadata or {}).items()}
             self.fingerprint = said.get(FINGERPRINT)
             self.facts = self._facts(said)
@@ -164,11 +129,9 @@ class ShardFile:
             LakeError: The bytes are damaged.
             StorageError: They cannot be reached.
         """
-        groups = [self.shards.index(index)] if is_pack(self.name) else list(range(self.footer.num_row_groups))
-        source = RangedFile(self.storage, self.relative, self.size)
+        groups = [self.shards.index(index)] if is_pack(self.name) else None
         try:
-            with pq.ParquetFile(source, metadata=self.footer, pre_buffer=True) as file:
-                return file.read_row_groups(groups, columns)
+            return read_columns(self.storage, self.relative, self.size, columns, groups, self.footer)
         except FileNotFoundError:
             raise
         except UNREADABLE as error:

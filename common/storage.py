@@ -24,6 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from common import local_disk
 from common.errors import StorageError
+from common.parquet_reading import read_columns, table_of
 from common.storage_errors import explained, without_secrets
 
 __all__ = ["ROW_GROUP_ROWS", "Storage", "absolute_address", "without_secrets"]
@@ -312,8 +313,9 @@ class Storage:
             FileNotFoundError: There is no such file.
             StorageError: It is torn or not Parquet.
         """
-        with explained(f"read {self.path(relative)}"), self.fs.open(self.path(relative), "rb") as stream:
-            return pq.read_table(stream, columns=columns)
+        with explained(f"read {self.path(relative)}"):
+            size = self.size(relative)
+            return table_of(self.read_bytes(relative)) if size is None else read_columns(self, relative, size, columns)
 
     def read_metadata(self, relative: str) -> tuple[int, dict[str, str]]:
         """Number of rows and key-value metadata of a Parquet file, without reading its columns."""

@@ -255,8 +255,9 @@ def read_vectors(table: str, key: str, version: Version = "imported") -> dict[st
         raise FeatureFileError("features missing", f"no {name}") from error
     if len(content) > MAX_FILE_BYTES:
         raise FeatureFileError("features not readable", f"{name} has {len(content)} bytes")
+    stream = io.BytesIO(content)
     try:
-        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        found = torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - torch raises whatever a damaged archive leads it into
         said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         if "weights_only" in str(error):

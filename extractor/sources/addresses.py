@@ -18,6 +18,8 @@ EXTENSIONS = {  # kind -> how its file names end
     "jsonl": (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz"),
     "csv": (".csv", ".tsv", ".csv.gz", ".tsv.gz"),
     "parquet": (".parquet", ".pq"),
+    # Comes after jsonl: found by its name only when the kind is asked for, for other tables are called so, too.
+    "mmkd-features": ("meta.jsonl",),
 }
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _NUMBERS = re.compile(r"^(\d+)\.\.(\d+)$")
@@ -110,19 +112,23 @@ def _files_below(folder: str, kind: str) -> list[str]:
     storage = Storage(folder)
     storage.fs.invalidate_cache()
     everything = sorted(storage.fs.find(storage.path()))
-    kinds = {path: kind_of(path) for path in everything}
-    wanted = {found for found in kinds.values() if found is not None} if kind == "auto" else {kind}
-    if len(wanted) > 1:
-        raise SourceError(
-            f"The folder {folder} holds files of several kinds ({', '.join(sorted(wanted))}). "
-            "Say which with --format, or name the file."
-        )
-    files = [path for path, found in kinds.items() if found in wanted]
+    if kind == "auto":
+        kinds = {path: kind_of(path) for path in everything}
+        files = [path for path, found in kinds.items() if found is not None]
+        wanted = {kinds[path] for path in files}
+        if len(wanted) > 1:
+            raise SourceError(
+                f"The folder {folder} holds files of several kinds ({', '.join(sorted(map(str, wanted)))}). "
+                "Say which with --format, or name the file."
+            )
+    else:
+        files = [path for path in everything if base_name(path).lower().endswith(EXTENSIONS[kind])]
     if not files:
         endings = sorted({os.path.splitext(path)[1] or "none" for path in everything})[:8]
+        expected = ".tar, .jsonl, .csv, .tsv or .parquet" if kind == "auto" else " or ".join(EXTENSIONS[kind])
         raise SourceError(
             f"The folder {folder} holds no {'usable' if kind == 'auto' else kind} source: {len(everything)} files with "
-            f"extensions {', '.join(endings) or '(no files)'}. Expected .tar, .jsonl, .csv, .tsv or .parquet."
+            f"extensions {', '.join(endings) or '(no files)'}. Expected {expected}."
         )
     return [_address(storage, path) for path in files]
 

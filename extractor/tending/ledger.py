@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from common.config import StrictModel, fingerprint
@@ -19,7 +18,8 @@ from common.errors import LakeError, StorageError
 from common.lake import Lake, shard_name
 from common.listing import FileMark, Place
 from common.logs import logger
-from common.shard_files import UNREADABLE, RangedFile
+from common.parquet_reading import read_columns, read_footer
+from common.shard_files import UNREADABLE
 from extractor.tending.integrity import Expected, samples_hash
 
 READ_THREADS = 16
@@ -115,10 +115,12 @@ class Pairs:
         def read(index: int) -> tuple[int, PairFacts | None, str]:
             mark = self.marks[index]
             try:
-                source = RangedFile(self.lake.storage, f"pairs/{shard_name(index)}", mark.size)
-                with pq.ParquetFile(source, pre_buffer=True) as file:
-                    samples = samples_hash(file.read(["sample_id"])["sample_id"]) if with_ids else None
-                    return index, PairFacts(mark, file.metadata.num_rows, samples), ""
+                name, storage = f"pairs/{shard_name(index)}", self.lake.storage
+                footer, samples = read_footer(storage, name, mark.size), None
+                if with_ids:
+                    ids = read_columns(storage, name, mark.size, ["sample_id"], footer=footer)
+                    samples = samples_hash(ids["sample_id"])
+                return index, PairFacts(mark, footer.num_rows, samples), ""
             except UNREADABLE as error:
                 return index, None, str(error)
 

@@ -13,8 +13,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from common.errors import LakeError, SchemaError
 from common.lake import Lake, now, open_lake, require_teachers, shard_name
@@ -23,6 +21,7 @@ from common.listing import FileMark, Place
 from common.local_disk import LOCK, TEMPORARY
 from common.logs import Progress, logger
 from common.models.load import read_catalog
+from common.parquet_reading import table_of
 from common.schemas import PAIRS, check_table
 from common.shard_files import UNREADABLE, is_pack, locate, shards_in
 from extractor.sink import rejects_folder
@@ -195,7 +194,7 @@ def check_pairs(lake: Lake, pairs: Pairs) -> list[Finding]:
         name = f"pairs/{shard_name(index)}"
         try:
             # Bytes first: what the storage fails to give is its error, and nothing against the file.
-            table = pq.read_table(pa.BufferReader(lake.storage.read_bytes(name)))
+            table = table_of(lake.storage.read_bytes(name))
             check_table(table, PAIRS, f"{lake.uri}/{name}")
             return index, np.array([sample_id.encode() for sample_id in table["sample_id"].to_pylist()]), ""
         except (SchemaError, *UNREADABLE) as error:

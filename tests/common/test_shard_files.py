@@ -1,4 +1,3 @@
-import io
 import pickle
 
 import pyarrow as pa
@@ -7,7 +6,7 @@ import pytest
 
 from common.errors import LakeError, StorageError
 from common.listing import FileMark, Place, list_marks
-from common.shard_files import RangedFile, ShardFile, is_pack, locate, pack_name, shard_name, shards_in
+from common.shard_files import ShardFile, is_pack, locate, pack_name, shard_name, shards_in
 from common.storage import Storage
 
 
@@ -60,19 +59,6 @@ def test_a_mark_changes_with_the_bytes(storage):
 def test_writes_under_way_have_no_mark(tmp_path):
     (tmp_path / ".tmp-x").write_bytes(b"1")
     assert list_marks(Storage(str(tmp_path)), "") == {}
-
-
-def test_ranges_are_read_as_from_a_file(storage):
-    storage.write_bytes("f", bytes(range(100)))
-    file = RangedFile(storage, "f", 100)
-    assert file.read(3) == bytes([0, 1, 2])
-    assert file.seek(-2, io.SEEK_END) == 98
-    assert file.read() == bytes([98, 99])
-    assert file.read(5) == b""
-    assert file.seek(10) == 10
-    assert file.seek(5, io.SEEK_CUR) == 15
-    assert file.read(1) == bytes([15])
-    assert (file.tell(), file.readable(), file.seekable()) == (16, True, True)
 
 
 def test_a_missing_file_is_not_a_damaged_one(storage):
