@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -137,6 +137,11 @@ class ScaleConfig(StrictModel):
     """Where the training runs, and how often it saves and to whom it reports."""
 
     workers: PositiveInt = Field(1, description="Ray Train workers; with GPUs, one each.")
+    max_workers: PositiveInt | None = Field(
+        None,
+        description="Elastic: at least scale.workers and up to this many, as the cluster has room; at every change the "
+        "run goes on from its last checkpoint. data.lanes must be a multiple of each number in between.",
+    )
     use_gpu: bool | None = Field(None, description="None: use GPUs when the cluster has them.")
     cpus_per_worker: float = Field(1.0, gt=0, description="CPUs reserved for each worker beside the decode tasks.")
     threads: int = Field(
@@ -150,6 +155,9 @@ class ScaleConfig(StrictModel):
         ("tensorboard",),
         description="Where metric rows go beside metrics.jsonl: tensorboard writes event files into the run's folder; "
         "mlflow and wandb (to be installed beside) are configured by their own environment variables.",
+    )
+    max_bad_steps: PositiveInt = Field(
+        3, description="Steps in a row with a loss that is not finite, each skipped, after which the run stops."
     )
     max_failures: int = Field(2, ge=0, description="How often a lost worker group is restarted from its checkpoint.")
 
@@ -176,8 +184,21 @@ class DistillConfig(StrictModel):
     image_text: float = Field(1.0, ge=0, description="Image-text similarity matrix of the teachers, both directions.")
     image_image: float = Field(1.0, ge=0, description="Image-image similarity matrix of the teachers.")
     text_text: float = Field(0.0, ge=0, description="Text-text similarity matrix of the teachers.")
-    teacher_scale: float | None = Field(
-        None, gt=0, description="Factor on teacher cosines before softmax; None uses each teacher's own logit scale."
+    graph: float = Field(
+        0.0,
+        ge=0,
+        description="Each sample finds itself in each teacher's graph of similarities by its edges (LVM-Med).",
+    )
+    queue: int = Field(
+        0,
+        ge=0,
+        description="Samples of the last steps that the similarity terms compare with beside the batch's own, for "
+        "batches that are small.",
+    )
+    teacher_scale: Literal["own", "fitted"] | Annotated[float, Field(gt=0)] = Field(
+        "own",
+        description="Factor on teacher cosines before softmax. own: each teacher's logit scale. fitted: for each "
+        "teacher the one by which it tells the train pairs apart best, in batches of this size. Or a number for all.",
     )
     heads: float = Field(
         0.0, ge=0, description="Each teacher's vectors, through a head of its own that is thrown away after training."
@@ -218,6 +239,12 @@ class Stage2Config(StrictModel):
         None,
         description="Fingerprint of an alignment (`mmkd align`), or newest; heads, feature and cross then see the "
         "aligned vectors. None: the teachers' own.",
+    )
+    views: Literal["clean", "stored"] = Field(
+        "clean",
+        description="stored: the student sees one of the crops that `mmkd extract --views K` stored, drawn anew each "
+        "epoch, with the teachers' vectors of that very crop. clean: a random crop by data.crop_scale, with the "
+        "teachers' vectors of the whole picture.",
     )
     distill: DistillConfig = DistillConfig()
     optim: OptimConfig = OptimConfig()

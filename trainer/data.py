@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from common.errors import LakeError
-from common.images import UndecodableImageError, decode_rgb
+from common.images import UndecodableImageError, decode_rgb, fit
 from common.lake import Lake, check_same_samples, shard_name
 from common.seeding import rng
+from common.views import cut_view, view_boxes
 from trainer.architecture import Architecture, load_tokenizer
 from trainer.order import Order, Segment, split_places
 from trainer.transforms import training_view
@@ -27,8 +30,17 @@ from trainer.transforms import training_view
 PAIR_COLUMNS = ["sample_id", "image", "captions"]
 FEATURE_COLUMNS = ["sample_id", "image_embedding", "text_embedding", "extra_text_embeddings"]
 LENGTH_COLUMNS = ["image_norm", "text_norm"]
+VIEW_COLUMNS = ["view_embeddings"]
 BLOCK_ROWS = 256
 VALIDATION_BATCH = 256
+
+
+class StoredViews(NamedTuple):
+    """The crops that extraction stored vectors of, as :func:`common.views.view_boxes` makes them."""
+
+    crops: int
+    least_area: float
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,8 @@ class TrainData:
     """Fingerprint of the selection; with teachers only."""
     stored_lengths: bool = False
     """Give teachers' vectors the lengths they had before they were stored; further captions' were not kept."""
+    views: StoredViews | None = None
+    """Show the student one of these crops, drawn for each epoch, and the teachers' vectors of it."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +103,7 @@ def validation_batches(data: TrainData, places: np.ndarray) -> Iterator[Batch]:
     if not len(places):
         return
     rows = min(len(places), VALIDATION_BATCH)
-    clean = dataclasses.replace(data, teachers=(), selection=None, crop_scale=1.0)
+    clean = dataclasses.replace(data, teachers=(), selection=None, crop_scale=1.0, views=None)
     lake = Lake(data.lake_uri)
     for first in range(0, len(places) - rows + 1, rows):
         chosen = places[first : first + rows]
@@ -101,8 +115,10 @@ def read_shard(data: TrainData, lake: Lake, shard: int) -> pa.Table:
     """A pairs shard with every teacher's columns beside it, named ``<teacher>/<column>``."""
     pairs = lake.read_pairs(shard, PAIR_COLUMNS).combine_chunks()
     joined = pairs
-    columns = [*FEATURE_COLUMNS, *(LENGTH_COLUMNS if data.stored_lengths else ())]
     for teacher in data.teachers:
+        columns = [*FEATURE_COLUMNS, *(LENGTH_COLUMNS if data.stored_lengths else ())]
+        if data.views and lake.read_teacher(teacher)["fingerprint"].get("views"):
+            columns += VIEW_COLUMNS
         try:
             features = lake.read_features(teacher, shard, columns)
         except FileNotFoundError as error:
@@ -152,8 +168,13 @@ def _block(data: TrainData, epoch: int | None, places: np.ndarray, shards: dict[
         "image": table["image"],
         "caption": pa.array([texts[which] for texts, which in zip(captions, drawn, strict=True)], pa.string()),
     }
+    view_B = None
+    if data.views is not None:
+        view_B = np.array([draw_view(data.order.seed, epoch, sample, data.views.crops) for sample in ids])
+        boxes = [view_boxes(sample, *data.views)[which] for sample, which in zip(ids, view_B, strict=True)]
+        columns["box"] = _to_arrow(np.array(boxes, np.float32))
     for teacher in data.teachers:
-        for name, values in teacher_columns(table, teacher, drawn).items():
+        for name, values in teacher_columns(table, teacher, drawn, view_B).items():
             columns[f"{teacher}/{name}"] = _to_arrow(values)
     if data.teachers:
         columns["draws"] = _to_arrow(draw_numbers(data.order.seed, epoch, ids, 1 + len(data.teachers)))
@@ -170,9 +191,26 @@ def draw_caption(seed: int, epoch: int, sample_id: str, captions: list[str]) -> 
     return 0 if len(captions) == 1 else int(rng(seed, "caption", epoch, sample_id).integers(len(captions)))
 
 
-def teacher_columns(table: pa.Table, teacher: str, drawn: np.ndarray) -> dict[str, np.ndarray]:
-    """One teacher's dense vectors for the picture and the drawn caption, zero where masked."""
-    image_BT, has_image_B = _vectors(table[f"{teacher}/image_embedding"].combine_chunks())
+def draw_view(seed: int, epoch: int | None, sample_id: str, count: int) -> int:
+    """Which of a sample's stored crops is used in an epoch."""
+    return int(rng(seed, "view", epoch, sample_id).integers(count))
+
+
+def teacher_columns(
+    table: pa.Table, teacher: str, drawn: np.ndarray, view_B: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """One teacher's dense vectors for the picture and the drawn caption, zero where masked.
+
+    Args:
+        table: From :func:`read_shard`.
+        teacher: Whose.
+        drawn: For each row, which of its captions.
+        view_B: For each row, which of its stored crops; None for the whole picture.
+    """
+    if view_B is not None and f"{teacher}/view_embeddings" in table.column_names:
+        image_BT, has_image_B = _views(table[f"{teacher}/view_embeddings"].combine_chunks(), view_B)
+    else:
+        image_BT, has_image_B = _vectors(table[f"{teacher}/image_embedding"].combine_chunks())
     text_BT, has_text_B = _vectors(table[f"{teacher}/text_embedding"].combine_chunks())
     extra = table[f"{teacher}/extra_text_embeddings"].combine_chunks()
     others = np.flatnonzero(drawn > 0)
@@ -200,6 +238,18 @@ def _lengths(column: pa.ChunkedArray) -> np.ndarray:
     return column.fill_null(0.0).to_numpy()[:, None]
 
 
+def _views(lists: pa.Array, view_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The vector of each row's crop; a row without it, or whose crop the teacher could not embed, is zero."""
+    flat_XT, has_flat_X = _vectors(lists.values)
+    offsets, counts = lists.offsets.to_numpy(), lists.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+    there_B = counts > view_B
+    index_B = np.where(there_B, offsets[:-1] + view_B, 0)
+    if not len(flat_XT):
+        return np.zeros((len(view_B), flat_XT.shape[1]), np.float32), np.zeros(len(view_B), bool)
+    there_B &= has_flat_X[index_B]
+    return np.where(there_B[:, None], flat_XT[index_B], 0), there_B
+
+
 def _vectors(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     """A fixed_size_list<float> column -> float32 [B, T] of its own, zero where null, and bool [B] where not null."""
     present = array.is_valid().to_numpy(zero_copy_only=False).copy()
@@ -220,6 +270,7 @@ def decode_block(data: TrainData, block: pa.Table) -> pa.Table:
     geometry, seed = data.architecture.geometry, data.order.seed
     ids, epochs = block["sample_id"].to_pylist(), block["epoch"].to_pylist()
     pixels_BHWC = np.empty((block.num_rows, geometry.size, geometry.size, 3), dtype=np.uint8)
+    boxes = _to_numpy(block, "box") if data.views is not None else None
     bad = []
     for i, encoded in enumerate(block["image"]):
         try:
@@ -227,14 +278,17 @@ def decode_block(data: TrainData, block: pa.Table) -> pa.Table:
         except UndecodableImageError as error:
             bad.append(f"{ids[i]} ({error})")
             continue
-        pixels_BHWC[i] = training_view(picture, geometry, data.crop_scale, rng(seed, "crop", epochs[i], ids[i]))
+        if boxes is None:
+            pixels_BHWC[i] = training_view(picture, geometry, data.crop_scale, rng(seed, "crop", epochs[i], ids[i]))
+        else:
+            pixels_BHWC[i] = fit(cut_view(picture, boxes[i]), geometry)
     if bad:
         raise LakeError(
             f"{len(bad)} pictures of {data.lake_uri} cannot be decoded, though ingest could: {'; '.join(bad[:5])}. "
             "The pairs were damaged or written by another version; ingest the source again into a fresh lake."
         )
     tokens_BL = _tokenizer(data.architecture)(block["caption"].to_pylist())
-    block = block.drop_columns(["image", "caption"])
+    block = block.drop_columns(["image", "caption", *(["box"] if boxes is not None else [])])
     return block.append_column("pixels", _to_arrow(pixels_BHWC)).append_column("tokens", _to_arrow(tokens_BL))
 
 
@@ -272,6 +326,21 @@ def split_batches(data: TrainData, block: pa.Table, rows: int) -> Iterator[Batch
             },
             draws_BK=draws[part],
         )
+
+
+def digest_rows(batch: Batch) -> np.ndarray:
+    """For each row a number that depends on its pixels, token ids, draws and teachers' vectors: int64 [B].
+
+    It does not depend on how many rows a worker has, so runs on any number of workers can be compared.
+    """
+    parts = [batch.pixels_BHWC, batch.tokens_BL, batch.draws_BK]
+    for rows in batch.teachers.values():
+        parts += [rows.image_BT, rows.text_BT, rows.image_mask_B, rows.text_mask_B]
+    found = np.zeros(len(batch.place_B), np.int64)
+    for i in range(len(found)):
+        for part in parts:
+            found[i] = zlib.crc32(np.ascontiguousarray(part[i]).data, int(found[i]))
+    return found
 
 
 def _to_arrow(values: np.ndarray) -> pa.Array:

@@ -128,16 +128,24 @@ def check_cluster(scale: ScaleConfig, data: DataConfig) -> Placement:
         TrainError: The lanes cannot be dealt to the workers evenly, or a tracker's package is missing.
     """
     check_trackers(scale.track)
-    if data.lanes % scale.workers:
+    most = scale.max_workers or scale.workers
+    if most < scale.workers:
         raise TrainError(
-            f"data.lanes={data.lanes} is not a multiple of scale.workers={scale.workers}, so the lanes cannot be dealt "
-            "evenly. Choose lanes once, as a multiple of every number of workers you may use."
+            f"scale.max_workers={most} is less than scale.workers={scale.workers}, which is the least number of "
+            "workers of an elastic run. Raise the one or lower the other."
         )
+    for workers in range(scale.workers, most + 1):
+        if data.lanes % workers:
+            raise TrainError(
+                f"data.lanes={data.lanes} is not a multiple of {workers} workers (scale.workers={scale.workers}"
+                f"{f', scale.max_workers={most}' if scale.max_workers else ''}), so the lanes cannot be dealt evenly. "
+                "Choose lanes once, as a multiple of every number of workers you may use."
+            )
     have = ray.cluster_resources()
     cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
     gpu = scale.use_gpu if scale.use_gpu is not None else gpus >= scale.workers
     # On several machines this process may sit on a small head node, so there a worker is always an actor.
-    in_process = not gpu and scale.workers == 1 and sum(node["Alive"] for node in ray.nodes()) == 1
+    in_process = not gpu and most == 1 and sum(node["Alive"] for node in ray.nodes()) == 1
     needed = 1 if in_process else scale.workers * scale.cpus_per_worker + 1
     if needed > cpus:
         raise ClusterError(
@@ -217,7 +225,7 @@ def fit(lake: Lake, run: str, job: Job, data: TrainData, placement: Placement) -
         train_loop_config={"job": ray.put(job), "data": ray.put(data)},
         torch_config=TorchConfig(backend="nccl" if placement.gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=0 if placement.in_process else job.scale.workers,
+            num_workers=0 if placement.in_process else _workers(job.scale),  # type: ignore[arg-type] # the older class
             use_gpu=placement.gpu,
             resources_per_worker=resources,
         ),
@@ -238,6 +246,11 @@ def fit(lake: Lake, run: str, job: Job, data: TrainData, placement: Placement) -
                 f"Run {run} lost its workers more than {job.scale.max_failures} times: {str(error)[-800:]} "
                 "Start the same command again to go on from the last checkpoint."
             ) from error
+
+
+def _workers(scale: ScaleConfig) -> int | tuple[int, int]:
+    """How many, or from how many to how many: Ray Train then restarts the group when the cluster has changed."""
+    return scale.workers if scale.max_workers is None else (scale.workers, scale.max_workers)
 
 
 def read_result(storage: Storage, run: str) -> TrainResult:

@@ -24,8 +24,6 @@ from trainer.objectives import Objective, Stage1Terms, Stage2Terms, TeacherBatch
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.student import StudentOutput
 
-MAX_BAD_STEPS = 3
-
 
 @dataclass(frozen=True)
 class LoopPlan:
@@ -39,6 +37,8 @@ class LoopPlan:
     rank: int = 0
     bfloat16: bool = False
     """Autocast the student's forward; losses stay in float32."""
+    max_bad_steps: int = 3
+    """Steps in a row whose loss is not finite, after which training stops."""
 
 
 @dataclass
@@ -51,7 +51,8 @@ class StepReport:
     terms: dict[str, float]
     grad_norm: float
     lr: float
-    place_B: Any
+    batch: Batch
+    """This rank's share."""
     wait_seconds: float
     """Time this step waited for its batch."""
     seconds: float
@@ -98,7 +99,9 @@ def train(
             optimizer.step()
             objective.after_step()
         else:
-            complain(step, batch, values, grad_norm, bad)
+            complain(step, batch, values, grad_norm)
+            if bad >= plan.max_bad_steps:
+                raise TrainError(_given_up(step, values, bad))
         seconds = time.perf_counter() - started + wait_seconds
         yield StepReport(
             step + 1,
@@ -106,7 +109,7 @@ def train(
             values,
             grad_norm,
             rate,
-            batch.place_B,
+            batch,
             wait_seconds,
             seconds,
             not finite,
@@ -175,8 +178,8 @@ def clip_gradients(optimizer: torch.optim.Optimizer, limit: float) -> float:
     return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
 
 
-def complain(step: int, batch: Batch, values: dict[str, float], grad_norm: float, bad: int) -> None:
-    """Name the samples of a batch whose loss is not finite; give up after several in a row."""
+def complain(step: int, batch: Batch, values: dict[str, float], grad_norm: float) -> None:
+    """Name the samples of a batch whose loss is not finite."""
     logger.warning(
         "step %d: loss %s with gradient norm %s is not finite; the step is skipped. Its samples: %s",
         step,
@@ -184,11 +187,14 @@ def complain(step: int, batch: Batch, values: dict[str, float], grad_norm: float
         grad_norm,
         ", ".join(batch.sample_ids),
     )
-    if bad >= MAX_BAD_STEPS:
-        raise TrainError(
-            f"The loss was not finite in {bad} steps in a row, up to step {step}: {values}. Lower optim.lr, lengthen "
-            "optim.warmup_steps, or look at the samples named in the log. The last checkpoint is unharmed."
-        )
+
+
+def _given_up(step: int, values: dict[str, float], bad: int) -> str:
+    return (
+        f"The loss was not finite in {bad} steps in a row, up to step {step}: {values}. Lower optim.lr, lengthen "
+        "optim.warmup_steps, or look at the samples named in the log. The last checkpoint is unharmed. "
+        "scale.max_bad_steps allows more."
+    )
 
 
 def timed(batches: Iterable[Batch]) -> Iterator[tuple[Batch, float]]:

@@ -1,7 +1,7 @@
 """Losses as pure functions of tensors: no parameters, no state, no configuration.
 
-Every rank computes the same global loss from gathered features. Shapes: N = global batch, B = a rank's share,
-D = width; a name like ``target_NN`` has a row for each query and a column for each key.
+Every rank computes the same global loss from gathered features. Shapes: N = global batch, B = a rank's share, M = keys,
+the batch's own N first, D = width; a name like ``target_NM`` has a row for each query and a column for each key.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ class Affinity(NamedTuple):
     """What one teacher says about which keys resemble which queries."""
 
     query_ND: torch.Tensor
-    key_ND: torch.Tensor
+    key_MD: torch.Tensor
     mask_N: torch.Tensor
     """Rows for which the teacher may speak; it is asked about these queries and these keys only."""
     scale: float
     """Factor on its cosines before softmax."""
+    key_mask_M: torch.Tensor | None = None
+    """The same for the keys, where they are more than the batch."""
 
 
 def clip_loss(image_ND: torch.Tensor, text_ND: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -114,30 +116,31 @@ def mean_affinity(teachers: Sequence[Affinity], exclude_self: bool) -> tuple[tor
         exclude_self: Leave the diagonal out, for similarities within one modality.
 
     Returns:
-        target_NN, whose valid rows sum to 1, and rows_N (bool), the rows for which any teacher spoke.
+        target_NM, whose valid rows sum to 1, and rows_N (bool), the rows for which any teacher spoke.
     """
-    shape = len(teachers[0].mask_N)
-    total_NN = teachers[0].query_ND.new_zeros(shape, shape)
-    speaking_N = total_NN.new_zeros(shape)
-    itself_NN = torch.eye(shape, dtype=torch.bool, device=total_NN.device)
+    rows, keys = len(teachers[0].mask_N), len(teachers[0].key_MD)
+    total_NM = teachers[0].query_ND.new_zeros(rows, keys)
+    speaking_N = total_NM.new_zeros(rows)
+    itself_NM = torch.eye(rows, keys, dtype=torch.bool, device=total_NM.device)
     for teacher in teachers:
-        allowed_NN = teacher.mask_N[:, None] & teacher.mask_N[None, :]
+        key_mask_M = teacher.mask_N if teacher.key_mask_M is None else teacher.key_mask_M
+        allowed_NM = teacher.mask_N[:, None] & key_mask_M[None, :]
         if exclude_self:
-            allowed_NN = allowed_NN & ~itself_NN
-        logits_NN = teacher.scale * teacher.query_ND @ teacher.key_ND.T
+            allowed_NM = allowed_NM & ~itself_NM
+        logits_NM = teacher.scale * teacher.query_ND @ teacher.key_MD.T
         # A finite floor, since a row without any allowed column would turn to NaN under -inf.
-        floor = torch.finfo(logits_NN.dtype).min
-        share_NN = logits_NN.masked_fill(~allowed_NN, floor).softmax(dim=1) * allowed_NN
-        total_NN = total_NN + share_NN
-        speaking_N = speaking_N + allowed_NN.any(dim=1)
-    return total_NN / speaking_N.clamp(min=1)[:, None], speaking_N > 0
+        floor = torch.finfo(logits_NM.dtype).min
+        share_NM = logits_NM.masked_fill(~allowed_NM, floor).softmax(dim=1) * allowed_NM
+        total_NM = total_NM + share_NM
+        speaking_N = speaking_N + allowed_NM.any(dim=1)
+    return total_NM / speaking_N.clamp(min=1)[:, None], speaking_N > 0
 
 
 def similarity_distillation(
     query_ND: torch.Tensor,
-    key_ND: torch.Tensor,
+    key_MD: torch.Tensor,
     scale: torch.Tensor,
-    target_NN: torch.Tensor,
+    target_NM: torch.Tensor,
     rows_N: torch.Tensor,
     exclude_self: bool,
 ) -> torch.Tensor:
@@ -145,21 +148,47 @@ def similarity_distillation(
 
     Args:
         query_ND: The student's unit vectors that ask.
-        key_ND: The student's unit vectors that are compared with.
+        key_MD: The student's unit vectors that are compared with.
         scale: Factor on the student's cosines.
-        target_NN: From :func:`mean_affinity`.
+        target_NM: From :func:`mean_affinity`.
         rows_N: Rows that count; the mean is over them, and 0 if there are none.
         exclude_self: As it was for the target.
     """
-    logits_NN = scale * query_ND @ key_ND.T
+    logits_NM = scale * query_ND @ key_MD.T
     if exclude_self:
-        itself_NN = torch.eye(len(logits_NN), dtype=torch.bool, device=logits_NN.device)
-        logits_NN = logits_NN.masked_fill(itself_NN, torch.finfo(logits_NN.dtype).min)
-    log_student_NN = logits_NN.log_softmax(dim=1)
+        itself_NM = torch.eye(*logits_NM.shape, dtype=torch.bool, device=logits_NM.device)
+        logits_NM = logits_NM.masked_fill(itself_NM, torch.finfo(logits_NM.dtype).min)
+    log_student_NM = logits_NM.log_softmax(dim=1)
     # xlogy(0, 0) = 0; a column the target excludes must not multiply the floor's huge logarithm.
-    cross_NN = torch.where(target_NN > 0, target_NN * log_student_NN, torch.zeros_like(log_student_NN))
-    row_N = torch.xlogy(target_NN, target_NN).sum(dim=1) - cross_NN.sum(dim=1)
+    cross_NM = torch.where(target_NM > 0, target_NM * log_student_NM, torch.zeros_like(log_student_NM))
+    row_N = torch.xlogy(target_NM, target_NM).sum(dim=1) - cross_NM.sum(dim=1)
     return (row_N * rows_N).sum() / rows_N.sum().clamp(min=1)
+
+
+def graph_matching(
+    features_ND: torch.Tensor, teacher_NT: torch.Tensor, rows_N: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    """Each row finds itself between two graphs by its edges alone, both ways; 0 with fewer than three rows.
+
+    The rows that count are the vertices of two graphs, one of the student's cosines and one of the teacher's. A vertex
+    is described by its edges to all the others, less their mean; two vertices match by the cosine of these.
+
+    The idea is LVM-Med's (Nguyen et al. 2023, section 3.2): a matching is judged by the edges that it preserves. They
+    search for the best assignment by a combinatorial solver; here its softmax relaxation is held against the known one.
+    """
+    if int(rows_N.sum()) < 3:
+        return features_ND.new_zeros(())
+    logits_NN = scale * _edges(features_ND[rows_N]) @ _edges(teacher_NT[rows_N]).T
+    labels_N = torch.arange(len(logits_NN), device=logits_NN.device)
+    return (F.cross_entropy(logits_NN, labels_N) + F.cross_entropy(logits_NN.T, labels_N)) / 2
+
+
+def _edges(vectors_ND: torch.Tensor) -> torch.Tensor:
+    """For each row its cosines with the others less their mean, and 0 for itself: [N, N], each row of length one."""
+    off_NN = 1 - torch.eye(len(vectors_ND), dtype=vectors_ND.dtype, device=vectors_ND.device)
+    cosine_NN = vectors_ND @ vectors_ND.T
+    mean_N1 = (cosine_NN * off_NN).sum(dim=1, keepdim=True) / (len(vectors_ND) - 1)
+    return F.normalize((cosine_NN - mean_N1) * off_NN, dim=1)
 
 
 class _Gather(torch.autograd.Function):

@@ -6,7 +6,7 @@ Shapes: N = global batch, D = the student's width, T = a teacher's width.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from trainer.losses import (
     clip_loss,
     cross_contrastive,
     feature_regression,
+    graph_matching,
     head_errors,
     mean_affinity,
     mean_over_teachers,
@@ -57,6 +58,7 @@ class Stage2Terms(NamedTuple):
     image_text: torch.Tensor
     image_image: torch.Tensor
     text_text: torch.Tensor
+    graph: torch.Tensor
     heads: torch.Tensor
     feature: torch.Tensor
     cross: torch.Tensor
@@ -190,6 +192,76 @@ class TeacherHeads(nn.Module):
         return torch.stack(sides).mean() if sides else student.image_BD.new_zeros(())
 
 
+class EmbeddingQueue(nn.Module):
+    """Vectors of the samples of the last steps, the student's and every teacher's, newest first.
+
+    Similarities then have more columns than the batch has rows. The teachers' vectors are exact; the student's are as
+    old as their step, which at the learning rates of distillation matters little (Wang et al. 2020, XBM). Its buffers
+    belong to the checkpoint, so a resumed run goes on with the same columns.
+
+    Args:
+        length: Rows kept.
+        width: Of the student's vectors.
+        dims: Teacher -> widths of its stored picture's and caption's vectors; None for a tower it lacks.
+    """
+
+    filled: torch.Tensor
+
+    def __init__(self, length: int, width: int, dims: Mapping[str, tuple[int | None, int | None]]) -> None:
+        super().__init__()
+        self.length, self.teachers = length, tuple(dims)
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
+        for name, size in self._widths(width, dims):
+            empty = torch.zeros(length, size) if size else torch.zeros(length, dtype=torch.bool)
+            self.register_buffer(name, empty)
+
+    @staticmethod
+    def _widths(width: int, dims: Mapping[str, tuple[int | None, int | None]]) -> Iterator[tuple[str, int]]:
+        """Name and width of each buffer, 0 for a mask; a teacher goes by its number, for its name may hold a dot."""
+        yield from (("image", width), ("text", width))
+        for k, (image, text) in enumerate(dims.values()):
+            # Batches hold a placeholder of width 1 where there is no tower.
+            yield from ((f"image_{k}", image or 1), (f"text_{k}", text or 1), (f"image_mask_{k}", 0))
+            yield f"text_mask_{k}", 0
+
+    def behind(
+        self, student: StudentOutput, teachers: Mapping[str, TeacherBatch]
+    ) -> tuple[StudentOutput, dict[str, TeacherBatch]]:
+        """The batch with the queue's rows below it."""
+        rows = int(self.filled)
+
+        def longer(batch: torch.Tensor, name: str) -> torch.Tensor:
+            return torch.cat([batch, self.get_buffer(name)[:rows]])
+
+        own = StudentOutput(longer(student.image_BD, "image"), longer(student.text_BD, "text"))
+        numbers = {name: self.teachers.index(name) for name in teachers}
+        said = {
+            name: TeacherBatch(
+                *(longer(part, f"{side}_{numbers[name]}") for part, side in zip(one, QUEUED, strict=True))
+            )
+            for name, one in teachers.items()
+        }
+        return own, said
+
+    @torch.no_grad()
+    def push(self, student: StudentOutput, teachers: Mapping[str, TeacherBatch]) -> None:
+        """Put a batch's rows in front, and forget the oldest."""
+        self._push("image", student.image_BD)
+        self._push("text", student.text_BD)
+        for name, one in teachers.items():
+            for part, side in zip(one, QUEUED, strict=True):
+                self._push(f"{side}_{self.teachers.index(name)}", part)
+        self.filled.fill_(min(int(self.filled) + len(student.image_BD), self.length))
+
+    def _push(self, name: str, rows: torch.Tensor) -> None:
+        buffer = self.get_buffer(name)
+        buffer.copy_(torch.cat([rows.detach().to(buffer.dtype), buffer])[: self.length])
+
+
+QUEUED = ("image", "text", "image_mask", "text_mask")
+"""The parts of a :class:`TeacherBatch`, as the queue names them."""
+
+
 class DistillObjective(nn.Module):
     """Stage 2: the pairs, and what every admissible teacher says about them."""
 
@@ -219,8 +291,11 @@ class DistillObjective(nn.Module):
         # Its own scale: teachers' softmaxes are softer than one-hot labels and would otherwise fight over one number.
         self.distill_scale = LearnedScale(init_scale)
         self.cross_scale = LearnedScale(1 / 0.07) if weights.cross and weights.cross_scale == "learned" else None
+        self.graph_scale = LearnedScale(1 / 0.07) if weights.graph else None
         self.heads = TeacherHeads(width, dims or {}) if weights.heads else None
         self.aligned = AlignedTeachers(maps) if maps else None
+        self.queue = EmbeddingQueue(weights.queue, width, stored_dims(dims or {}, maps)) if weights.queue else None
+        self._last: tuple[StudentOutput, Mapping[str, TeacherBatch]] | None = None
 
     def forward(
         self, student: StudentOutput, teachers: Mapping[str, TeacherBatch], draws_NK: torch.Tensor | None = None
@@ -236,9 +311,12 @@ class DistillObjective(nn.Module):
         weights, image_ND, text_ND = self.weights, student.image_BD, student.text_BD
         zero = image_ND.new_zeros(())
         contrastive = clip_loss(image_ND, text_ND, self.scale())
-        image_text = self._image_text(student, teachers) if weights.image_text else zero
-        image_image = self._within(image_ND, teachers, "image") if weights.image_image else zero
-        text_text = self._within(text_ND, teachers, "text") if weights.text_text else zero
+        keys, said = (student, teachers) if self.queue is None else self.queue.behind(student, teachers)
+        self._last = (student, teachers) if self.queue is not None else None
+        image_text = self._image_text(student, keys, teachers, said) if weights.image_text else zero
+        image_image = self._within("image", student, keys, teachers, said) if weights.image_image else zero
+        text_text = self._within("text", student, keys, teachers, said) if weights.text_text else zero
+        graph = self._graph(student, teachers) if self.graph_scale is not None else zero
         aligned = dict(teachers) if self.aligned is None else self.aligned(teachers)
         heads = zero
         if self.heads is not None:
@@ -250,6 +328,7 @@ class DistillObjective(nn.Module):
             image_text=image_text,
             image_image=image_image,
             text_text=text_text,
+            graph=graph,
             heads=heads,
             feature=feature,
             cross=cross,
@@ -257,17 +336,20 @@ class DistillObjective(nn.Module):
             + weights.image_text * image_text
             + weights.image_image * image_image
             + weights.text_text * text_text
+            + weights.graph * graph
             + weights.heads * heads
             + weights.feature * feature
             + weights.cross * cross,
         )
 
     def after_step(self) -> None:
-        """Keep the scales in their bounds."""
-        self.scale.clamp()
-        self.distill_scale.clamp()
-        if self.cross_scale is not None:
-            self.cross_scale.clamp()
+        """Keep the scales in their bounds, and the batch in the queue."""
+        for scale in (self.scale, self.distill_scale, self.cross_scale, self.graph_scale):
+            if scale is not None:
+                scale.clamp()
+        if self.queue is not None and self._last is not None:
+            self.queue.push(*self._last)
+            self._last = None
 
     def _drawn(
         self, student: StudentOutput, teachers: Mapping[str, TeacherBatch], draws_NK: torch.Tensor | None
@@ -282,39 +364,89 @@ class DistillObjective(nn.Module):
         cross = cross_contrastive(student.image_BD, student.text_BD, image_ND, text_ND, rows_N, scale)
         return feature, cross
 
-    def _image_text(self, student: StudentOutput, teachers: Mapping[str, TeacherBatch]) -> torch.Tensor:
-        """Both directions, averaged; a teacher speaks where it has both the picture and the caption."""
+    def _image_text(
+        self,
+        student: StudentOutput,
+        keys: StudentOutput,
+        teachers: Mapping[str, TeacherBatch],
+        said: Mapping[str, TeacherBatch],
+    ) -> torch.Tensor:
+        """Both directions, averaged; a teacher speaks where it has both the picture and the caption.
+
+        Args:
+            student: The batch, which asks.
+            keys: The batch and the queue, which are compared with.
+            teachers: Their vectors of the batch.
+            said: Their vectors of the keys.
+        """
         forward, backward = [], []
         for name, teacher in teachers.items():
-            both_N = teacher.image_mask_N & teacher.text_mask_N
-            scale = self.teacher_scales[name]
             if teacher.image_NT.shape[1] != teacher.text_NT.shape[1]:
                 continue  # one tower only: its other column is a placeholder of width 1, masked everywhere
-            forward.append(Affinity(teacher.image_NT, teacher.text_NT, both_N, scale))
-            backward.append(Affinity(teacher.text_NT, teacher.image_NT, both_N, scale))
+            of_keys, scale = said[name], self.teacher_scales[name]
+            masks = teacher.image_mask_N & teacher.text_mask_N, scale, of_keys.image_mask_N & of_keys.text_mask_N
+            forward.append(Affinity(teacher.image_NT, of_keys.text_NT, *masks))
+            backward.append(Affinity(teacher.text_NT, of_keys.image_NT, *masks))
         if not forward:
             return student.image_BD.new_zeros(())
         terms = [
-            similarity_distillation(query_ND, key_ND, self.distill_scale(), *mean_affinity(said, False), False)
-            for query_ND, key_ND, said in (
-                (student.image_BD, student.text_BD, forward),
-                (student.text_BD, student.image_BD, backward),
+            similarity_distillation(query_ND, key_MD, self.distill_scale(), *mean_affinity(affinities, False), False)
+            for query_ND, key_MD, affinities in (
+                (student.image_BD, keys.text_BD, forward),
+                (student.text_BD, keys.image_BD, backward),
             )
         ]
         return (terms[0] + terms[1]) / 2
 
-    def _within(self, features_ND: torch.Tensor, teachers: Mapping[str, TeacherBatch], side: str) -> torch.Tensor:
+    def _within(
+        self,
+        side: str,
+        student: StudentOutput,
+        keys: StudentOutput,
+        teachers: Mapping[str, TeacherBatch],
+        said: Mapping[str, TeacherBatch],
+    ) -> torch.Tensor:
         """Similarities within one modality, each row's own column left out."""
-        said = []
+        affinities = []
         for name, teacher in teachers.items():
-            vectors_NT, mask_N = (
-                (teacher.image_NT, teacher.image_mask_N) if side == "image" else (teacher.text_NT, teacher.text_mask_N)
-            )
-            said.append(Affinity(vectors_NT, vectors_NT, mask_N, self.teacher_scales[name]))
-        target_NN, rows_N = mean_affinity(said, exclude_self=True)
+            (query_NT, mask_N), (key_MT, key_mask_M) = _side(teacher, side), _side(said[name], side)
+            affinities.append(Affinity(query_NT, key_MT, mask_N, self.teacher_scales[name], key_mask_M))
+        target_NM, rows_N = mean_affinity(affinities, exclude_self=True)
+        place = ("image", "text").index(side)
         return similarity_distillation(
-            features_ND, features_ND, self.distill_scale(), target_NN, rows_N, exclude_self=True
+            student[place], keys[place], self.distill_scale(), target_NM, rows_N, exclude_self=True
         )
+
+    def _graph(self, student: StudentOutput, teachers: Mapping[str, TeacherBatch]) -> torch.Tensor:
+        """Every teacher's graphs of pictures and of captions, weighted by how many rows it may speak for."""
+        assert self.graph_scale is not None
+        total, count = student.image_BD.new_zeros(()), 0
+        for teacher in teachers.values():
+            for side, features_ND in zip(("image", "text"), student, strict=True):
+                vectors_NT, mask_N = _side(teacher, side)
+                rows = int(mask_N.sum())
+                total = total + rows * graph_matching(features_ND, vectors_NT, mask_N, self.graph_scale())
+                count += rows
+        return total / max(count, 1)
+
+
+def _side(teacher: TeacherBatch, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A teacher's vectors of one side, and where it may speak of it."""
+    return (teacher.image_NT, teacher.image_mask_N) if side == "image" else (teacher.text_NT, teacher.text_mask_N)
+
+
+def stored_dims(
+    dims: Mapping[str, tuple[int | None, int | None]], maps: Maps | None
+) -> dict[str, tuple[int | None, int | None]]:
+    """Teacher -> widths of its vectors before an alignment, from those after it."""
+    found = {}
+    for name, (image, text) in dims.items():
+        into = (maps or {}).get(name, {})
+        found[name] = (
+            into["image"].matrix_TW.shape[0] if "image" in into else image,
+            into["text"].matrix_TW.shape[0] if "text" in into else text,
+        )
+    return found
 
 
 def draw_teacher(

@@ -92,8 +92,14 @@ class Recorder:
         load = functools.partial(validation_batches, data, job.validation_places)
         self.validation = ThreadPoolExecutor(1).submit(lambda: list(load()))
 
-    def add(self, report: StepReport, places: np.ndarray | None, saves: bool) -> None:
-        """Account for one step; with ``places``, the global batch's, as a metric row; save if asked."""
+    def add(self, report: StepReport, seen: np.ndarray | None, saves: bool) -> None:
+        """Account for one step, save if asked.
+
+        Args:
+            report: What the step did.
+            seen: For a metric row: the place and the digest of each row of the global batch, int64 [N, 2].
+            saves: Whether to save a checkpoint.
+        """
         self.seconds += report.seconds
         self.waited += report.wait_seconds
         self.samples += self.data.order.batch_size
@@ -101,12 +107,12 @@ class Recorder:
             # The wait for the first batch would spoil the rate.
             self.progress.started = self.progress.last = time.monotonic()
         self.progress.advance(1, f"loss {report.terms['total']:.3f}")
-        if places is not None:
-            self.rows.append(self._row(report, places))
+        if seen is not None:
+            self.rows.append(self._row(report, seen))
         if saves:
             self._save(report)
 
-    def _row(self, report: StepReport, places: np.ndarray) -> dict[str, Any]:
+    def _row(self, report: StepReport, seen: np.ndarray) -> dict[str, Any]:
         row = {
             "step": report.step,
             "epoch": report.epoch,
@@ -116,7 +122,9 @@ class Recorder:
             "skipped": report.skipped,
             "samples_per_s": self.samples / max(self.seconds, 1e-9),
             "data_wait": self.waited / max(self.seconds, 1e-9),
-            "batch": fingerprint(places.tolist()),
+            # Which samples, in order, and what of them the student and its teachers saw: two runs can be compared.
+            "batch": fingerprint(seen[:, 0].tolist()),
+            "content": fingerprint(seen[:, 1].tolist()),
             "at": time.time(),
         }
         self.seconds, self.waited, self.samples = 0.0, 0.0, 0

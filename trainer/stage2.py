@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 
+from common.config import fingerprint
 from common.errors import TrainError
 from common.lake import Lake, open_lake
+from common.logs import logger
 from trainer.alignment.maps import Alignment, load_alignment
 from trainer.checkpoint import MODEL, load_checkpoint
 from trainer.config import Stage2Config
-from trainer.data import TrainData
+from trainer.data import StoredViews, TrainData
 from trainer.launch import TrainResult, build_order, check_cluster, find_rows, launch, run_identity
 from trainer.objectives import DistillObjective
 from trainer.record import Job
 from trainer.selection.stored import choose_selection
 from trainer.student import Student
+from trainer.temperature import fitted_scales
 
 IMAGE_ENCODER_SCALE = 1 / 0.07
 """Factor on the cosines among pictures of a teacher that learned none, having no text tower: CLIP's first value."""
@@ -46,7 +49,7 @@ def train_stage2(lake_uri: str, run: str, init: str | None, config: Stage2Config
     selection, teachers = choose_selection(lake, config.selection, config.teachers)
     rows = find_rows(lake, teachers, selection, config.data.seed)
     order = build_order(rows, config.data, lake)
-    scales = teacher_scales(lake, teachers, config)
+    scales = teacher_scales(lake, teachers, selection, config)
     width = int(architecture.config["model_cfg"]["embed_dim"])
     alignment = load_alignment(lake, config.alignment, teachers) if config.alignment else None
     dims = teacher_dims(lake, teachers, alignment)
@@ -78,14 +81,49 @@ def train_stage2(lake_uri: str, run: str, init: str | None, config: Stage2Config
     )
     # Maps are fitted to unit vectors; what comes out of them has the length that counts then.
     lengths = config.distill.target_length == "stored" and alignment is None
-    data = TrainData(lake.uri, order, architecture, config.data.crop_scale, teachers, selection, lengths)
+    views = stored_views(lake, teachers, lengths) if config.views == "stored" else None
+    data = TrainData(lake.uri, order, architecture, config.data.crop_scale, teachers, selection, lengths, views)
     return launch(lake, run, job, data, placement)
 
 
-def teacher_scales(lake: Lake, teachers: tuple[str, ...], config: Stage2Config) -> dict[str, float]:
-    """The factor on each teacher's cosines: the configured one for all, else the one it was trained with."""
-    own = {name: lake.read_teacher(name)["logit_scale"] or IMAGE_ENCODER_SCALE for name in teachers}
-    return {name: float(config.distill.teacher_scale or scale) for name, scale in own.items()}
+def teacher_scales(lake: Lake, teachers: tuple[str, ...], selection: str, config: Stage2Config) -> dict[str, float]:
+    """The factor on each teacher's cosines: the configured one, a fitted one, or the one it was trained with."""
+    wanted = config.distill.teacher_scale
+    if isinstance(wanted, float):
+        return dict.fromkeys(teachers, wanted)
+    own = {name: float(lake.read_teacher(name)["logit_scale"] or IMAGE_ENCODER_SCALE) for name in teachers}
+    if wanted == "own":
+        return own
+    fitted = fitted_scales(lake, selection, teachers, config.data.batch_size, config.data.seed)
+    scales = {name: own[name] if scale is None else round(scale, 3) for name, scale in fitted.items()}
+    listing = ", ".join(f"{name} {scale:.1f} (own {own[name]:.1f})" for name, scale in scales.items())
+    logger.info("stage 2: fitted temperatures, as factors on cosines: %s", listing)
+    return scales
+
+
+def stored_views(lake: Lake, teachers: tuple[str, ...], lengths: bool) -> StoredViews:
+    """Which crops extraction stored, the same for every teacher that sees pictures.
+
+    Raises:
+        TrainError: A teacher has none or others, or lengths are asked for, which are not kept for crops.
+    """
+    producers = {name: lake.read_teacher(name)["fingerprint"] for name in teachers}
+    found = {name: made.get("views") for name, made in producers.items() if made.get("image_dim")}
+    settings = {fingerprint(views): views for views in found.values()}
+    if len(settings) != 1 or None in settings.values():
+        listing = "; ".join(f"{name}: {views or 'none'}" for name, views in found.items())
+        raise TrainError(
+            f"views=stored needs the same stored crops from every teacher, and {lake.uri} has: {listing or 'none'}. "
+            "Extract with `--views K` and one setting for all (`--teacher-version` keeps them beside the others), name "
+            "the teachers that have them with --teachers, or train with views=clean."
+        )
+    if lengths:
+        raise TrainError(
+            "distill.target_length=stored needs the vectors' lengths, which are not kept for crops. Use views=clean or "
+            "target_length=unit."
+        )
+    (views,) = settings.values()
+    return StoredViews(int(views["count"]), float(views["least_area"]), int(views["seed"]))
 
 
 def teacher_dims(

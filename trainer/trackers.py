@@ -19,7 +19,7 @@ from common.storage import Storage
 EVENTS = "tensorboard/events.out.tfevents.0000000000.mmkd"
 """One file, written anew each time: its records keep their places, so that a running TensorBoard reads on."""
 PROJECT = "mmkd"
-UNTRACKED = ("step", "epoch", "batch", "at")
+UNTRACKED = ("step", "epoch", "batch", "content", "at")
 
 
 class Tracker(Protocol):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import ray
 import ray.train
 import torch
@@ -19,7 +20,7 @@ from common.logs import configure_logs, logger
 from common.seeding import seed_of
 from common.storage import Storage
 from trainer.checkpoint import newest_checkpoint, open_step
-from trainer.data import TrainData
+from trainer.data import TrainData, digest_rows
 from trainer.feed import quiet_libraries, ray_batches, started
 from trainer.loop import LoopPlan, train
 from trainer.losses import gather_constant
@@ -69,15 +70,19 @@ def run_job(job: Job, data_ref: ray.ObjectRef, run: Storage) -> None:
         seed=data.order.seed,
         rank=rank,
         bfloat16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        max_bad_steps=job.scale.max_bad_steps,
     )
     recorder = Recorder(run, job, data, parts, first_step) if rank == 0 else None
     for report in train(batches, model, parts.objective, parts.optimizer, plan, first_step, no_sync):
         saves = report.step == job.total_steps or report.step % job.scale.checkpoint_every == 0
         logs = saves or report.step % job.scale.log_every == 0
         # A collective: all workers take part, the first one writes.
-        places = gather_constant(torch.tensor(report.place_B).to(device)).cpu().numpy() if logs else None
+        seen = None
+        if logs:
+            digests = np.stack([report.batch.place_B, digest_rows(report.batch)], axis=1)
+            seen = gather_constant(torch.from_numpy(digests).to(device)).cpu().numpy()
         if recorder is not None:
-            recorder.add(report, places, saves)
+            recorder.add(report, seen, saves)
         if saves:
             ray.train.report({"step": report.step, **report.terms})
     if recorder is not None:

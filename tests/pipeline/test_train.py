@@ -6,14 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from common.errors import ClusterError, FingerprintError, LakeError, TrainError
 from common.storage import Storage
-from trainer.config import DataConfig, ModelConfig, OptimConfig, ScaleConfig, Stage1Config, Stage2Config
+from trainer.config import DataConfig, DistillConfig, ModelConfig, OptimConfig, ScaleConfig, Stage1Config, Stage2Config
 
 pytestmark = pytest.mark.ray
 
@@ -67,7 +69,9 @@ def rows_of(place, run) -> list[dict]:
 
 def same_course(left: list[dict], right: list[dict]) -> None:
     """The same batches in the same order, and the same losses to float tolerance."""
+    # Samples, crops, captions, draws and teachers' vectors, each as a sequence.
     assert [row["batch"] for row in left] == [row["batch"] for row in right]
+    assert [row["content"] for row in left] == [row["content"] for row in right]
     for name in ("step", "epoch", "total", "contrastive", "lr"):
         assert [row[name] for row in left] == pytest.approx([row[name] for row in right], rel=2e-3), name
 
@@ -199,36 +203,97 @@ def test_a_broken_shard_is_one_clear_error(ray_local, place, one_worker, tmp_pat
         train_stage2(lake, "x", one_worker.last, stage2_config())
 
 
-def driver(place, run) -> subprocess.Popen:
-    """A driver of its own, with its own Ray, that trains stage 1 on two workers."""
+def driver(place, run, stage=1) -> subprocess.Popen:
+    """A driver of its own, with its own Ray, that trains on two workers."""
     code = (
         "import sys, ray; sys.path.insert(0, sys.argv[3])\n"
-        "from trainer.config import Stage1Config\nfrom trainer.stage1 import train_stage1\n"
+        "from trainer.config import Stage1Config, Stage2Config\n"
+        "from trainer.stage1 import train_stage1\nfrom trainer.stage2 import train_stage2\n"
         "ray.init(num_cpus=3, object_store_memory=1 << 28, include_dashboard=False)\n"
-        "train_stage1(sys.argv[1], sys.argv[2], Stage1Config.model_validate_json(sys.argv[4]))\n"
+        "lake, run, config = sys.argv[1], sys.argv[2], sys.argv[4]\n"
+        "if sys.argv[5] == '1':\n"
+        "    train_stage1(lake, run, Stage1Config.model_validate_json(config))\n"
+        "else:\n"
+        "    train_stage2(lake, run, lake + '/runs/one', Stage2Config.model_validate_json(config))\n"
     )
     root = str(Path(__file__).parent.parent.parent)
-    config = stage1_config(place, workers=2).model_dump_json()
-    command = [sys.executable, "-c", code, str(place / "lake"), run, root, config]
+    config = (stage1_config(place, workers=2) if stage == 1 else full_config(workers=2)).model_dump_json()
+    command = [sys.executable, "-c", code, str(place / "lake"), run, root, config, str(stage)]
     return subprocess.Popen(command, start_new_session=True)
 
 
-def test_a_run_killed_on_two_workers_goes_on_with_one_and_the_same_batches(place, one_worker):
-    from trainer.stage1 import train_stage1
+def full_config(**scale) -> Stage2Config:
+    """Stage 2 with everything that has a state or draws: heads that are dropped, a queue, learned scales."""
+    weights = DistillConfig(text_text=0.5, graph=0.5, heads=1.0, drop_teachers=0.5, queue=24, teacher_scale="fitted")
+    return stage2_config(**scale).model_copy(update={"distill": weights})
 
-    process = driver(place, "killed")
-    first = place / "lake/runs/killed/checkpoints/step-00000003/checkpoint.json"
+
+def killed_after(place, run, stage, step=3) -> None:
+    """Start a run on two workers, kill its driver once a step is saved, and leave what a torn save leaves."""
+    process = driver(place, run, stage)
+    first = place / f"lake/runs/{run}/checkpoints/step-{step:08d}/checkpoint.json"
     deadline = time.monotonic() + 120
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert first.exists()
-    assert not (place / "lake/runs/killed/result.json").exists()
-    # What a crash in the middle of a save leaves: a folder without its manifest.
-    torn = place / "lake/runs/killed/checkpoints/step-00000009"
+    assert not (place / f"lake/runs/{run}/result.json").exists()
+    torn = place / f"lake/runs/{run}/checkpoints/step-00000009"
     torn.mkdir(exist_ok=True)
     (torn / "checkpoint.json").unlink(missing_ok=True)
+
+
+def test_a_run_killed_on_two_workers_goes_on_with_one_and_the_same_batches(place, one_worker):
+    from trainer.stage1 import train_stage1
+
+    killed_after(place, "killed", stage=1)
     result = train_stage1(str(place / "lake"), "killed", stage1_config(place))
     assert result.steps == one_worker.steps
     same_course(rows_of(place, "one"), rows_of(place, "killed"))
+
+
+def test_a_distillation_killed_on_two_workers_goes_on_with_one_and_the_same_draws(place, one_worker):
+    from trainer.stage2 import train_stage2
+
+    init = str(place / "lake/runs/one")
+    train_stage2(str(place / "lake"), "undisturbed", init, full_config())
+    killed_after(place, "killed-2", stage=2)
+    train_stage2(str(place / "lake"), "killed-2", init, full_config())
+    left, right = rows_of(place, "undisturbed"), rows_of(place, "killed-2")
+    same_course(left, right)
+    for term in ("image_text", "image_image", "graph", "heads"):
+        assert [row[term] for row in left] == pytest.approx([row[term] for row in right], rel=2e-3), term
+
+
+def test_a_killed_worker_is_replaced_and_the_course_stays_the_same(place, one_worker):
+    from trainer.stage1 import train_stage1
+
+    lake, run = str(place / "lake"), place / "lake/runs/replaced"
+    kills = []
+
+    def kill_one():
+        while not (run / "checkpoints/step-00000003/checkpoint.json").exists():
+            time.sleep(0.005)
+        ours = psutil.Process().children(recursive=True)
+        workers = [process for process in ours if "RayTrainWorker" in " ".join(process.cmdline())]
+        kills.append(len(workers))
+        workers[-1].kill()
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    train_stage1(lake, "replaced", stage1_config(place, workers=2))
+    killer.join(5)
+    assert kills == [2]
+    same_course(rows_of(place, "one"), rows_of(place, "replaced"))
+
+
+def test_an_elastic_run_takes_the_workers_there_are_room_for(place, one_worker):
+    from trainer.stage1 import train_stage1
+
+    train_stage1(str(place / "lake"), "elastic", stage1_config(place, workers=1, max_workers=2))
+    same_course(rows_of(place, "one"), rows_of(place, "elastic"))
+    with pytest.raises(TrainError, match=r"not a multiple of 3 workers"):
+        train_stage1(str(place / "lake"), "no", stage1_config(place, workers=1, max_workers=3))
+    with pytest.raises(TrainError, match=r"max_workers=1 is less"):
+        train_stage1(str(place / "lake"), "no", stage1_config(place, workers=2, max_workers=1))

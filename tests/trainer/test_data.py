@@ -7,14 +7,18 @@ import pyarrow as pa
 import pytest
 
 from common.errors import LakeError, TrainError
+from common.images import decode_rgb, fit
 from common.lake import Lake, open_lake
+from common.schemas import features_schema
 from common.storage import Storage
+from common.views import cut_view, view_boxes
 from trainer.architecture import read_architecture
 from trainer.config import DataConfig
-from trainer.data import TrainData, draw_caption, validation_batches
+from trainer.data import StoredViews, TrainData, digest_rows, draw_caption, draw_view, validation_batches
 from trainer.feed import local_batches, started
 from trainer.launch import build_order, find_rows
 from trainer.order import split_places
+from trainer.stage2 import stored_views
 
 CONFIG = DataConfig(batch_size=16, lanes=4, crop_scale=0.5)
 
@@ -83,6 +87,7 @@ def test_workers_side_by_side_give_the_global_batch(data):
         assert one.sample_ids == left.sample_ids + right.sample_ids
         assert np.array_equal(one.pixels_BHWC, np.concatenate([left.pixels_BHWC, right.pixels_BHWC]))
         assert np.array_equal(one.tokens_BL, np.concatenate([left.tokens_BL, right.tokens_BL]))
+        assert np.array_equal(digest_rows(one), np.concatenate([digest_rows(left), digest_rows(right)]))
 
 
 def test_resuming_repeats_the_same_crops_and_draws(data):
@@ -93,6 +98,92 @@ def test_resuming_repeats_the_same_crops_and_draws(data):
         assert one.sample_ids == other.sample_ids
         assert np.array_equal(one.pixels_BHWC, other.pixels_BHWC)
         assert np.array_equal(one.tokens_BL, other.tokens_BL)
+        assert np.array_equal(one.draws_BK, other.draws_BK)
+        assert np.array_equal(digest_rows(one), digest_rows(other))
+
+
+@pytest.mark.parametrize("part", ["pixels_BHWC", "tokens_BL", "draws_BK"])
+def test_a_digest_tells_which_row_differs(data, part):
+    batch = next(local_batches(data, 0, 1))
+    changed = getattr(batch, part).copy()
+    changed[5].reshape(-1)[0] += 1
+    other = digest_rows(dataclasses.replace(batch, **{part: changed}))
+    assert np.flatnonzero(other != digest_rows(batch)).tolist() == [5]
+
+
+def test_a_digest_sees_the_teachers(data):
+    batch = next(local_batches(data, 0, 1))
+    mask = batch.teachers["beta"].text_mask_B.copy()
+    mask[3] = ~mask[3]
+    teachers = {**batch.teachers, "beta": dataclasses.replace(batch.teachers["beta"], text_mask_B=mask)}
+    other = digest_rows(dataclasses.replace(batch, teachers=teachers))
+    assert np.flatnonzero(other != digest_rows(batch)).tolist() == [3]
+
+
+# --- Stored crops, shown to the student again.
+
+VIEWS = StoredViews(3, 0.4, 7)
+
+
+def store_views(uri, teachers, seed=7):
+    """Give teachers vectors of three crops of each picture: of crop k the k-th unit vector; each fifth row has none."""
+    lake = open_lake(uri)
+    for name in teachers:
+        for shard in lake.shards():
+            table = lake.read_features(name, shard)
+            dim = table["image_embedding"].type.list_size
+            rows = table.to_pylist()
+            for row in rows:
+                row["view_boxes"] = view_boxes(row["sample_id"], 3, 0.4, seed).tolist()
+                vectors = [np.eye(dim)[k].tolist() for k in range(3)]
+                row["view_embeddings"] = None if int(row["sample_id"], 16) % 5 == 0 else vectors
+            stored = pa.Table.from_pylist(rows, schema=features_schema(dim, dim, views=True))
+            lake.storage.write_table(f"{lake.features_folder(name)}/shard-{shard:06d}.parquet", stored)
+        manifest = lake.storage.read_json(f"{lake.features_folder(name)}/teacher.json")
+        manifest["fingerprint"]["views"] = {"count": 3, "least_area": 0.4, "seed": seed}
+        lake.storage.write_json(f"{lake.features_folder(name)}/teacher.json", manifest)
+
+
+def test_student_and_teachers_see_the_same_stored_crop(data, tiny_lake):
+    store_views(tiny_lake, ("alpha", "beta"))
+    data, pairs = dataclasses.replace(data, views=VIEWS), pairs_by_id(tiny_lake)
+    geometry, seen = data.architecture.geometry, set()
+    for step, batch in enumerate(local_batches(data, 0, 2 * data.order.steps_per_epoch)):
+        for i, sample_id in enumerate(batch.sample_ids):
+            which = draw_view(0, data.order.epoch_of(step), sample_id, 3)
+            seen.add(which)
+            box = view_boxes(sample_id, 3, 0.4, 7)[which]
+            picture = cut_view(decode_rgb(pairs[sample_id]["image"]), box)
+            assert np.array_equal(batch.pixels_BHWC[i], fit(picture, geometry))
+            rows = batch.teachers["alpha"]
+            if int(sample_id, 16) % 5 == 0:
+                assert not rows.image_mask_B[i]
+                assert not rows.image_BT[i].any()
+                assert rows.text_mask_B[i]
+            else:
+                assert rows.image_BT[i].argmax() == which
+    assert seen == {0, 1, 2}
+
+
+def test_stored_crops_have_to_be_the_same_for_all(data, tiny_lake):
+    lake = open_lake(tiny_lake)
+    with pytest.raises(TrainError, match=r"alpha: none.*--views K"):
+        stored_views(lake, ("alpha", "beta"), lengths=False)
+    store_views(tiny_lake, ("alpha",))
+    with pytest.raises(TrainError, match="same stored crops"):
+        stored_views(lake, ("alpha", "beta"), lengths=False)
+    store_views(tiny_lake, ("beta",), seed=8)
+    with pytest.raises(TrainError, match="same stored crops"):
+        stored_views(lake, ("alpha", "beta"), lengths=False)
+    assert stored_views(lake, ("alpha",), lengths=False) == VIEWS
+    with pytest.raises(TrainError, match="target_length"):
+        stored_views(lake, ("alpha",), lengths=True)
+
+
+def test_validation_sees_whole_pictures_even_then(data, tiny_lake):
+    places = find_rows(open_lake(tiny_lake), (), None, 0).validation
+    (plain,), (viewed,) = (list(validation_batches(d, places)) for d in (data, dataclasses.replace(data, views=VIEWS)))
+    assert np.array_equal(plain.pixels_BHWC, viewed.pixels_BHWC)
 
 
 def test_epochs_see_other_crops(data):

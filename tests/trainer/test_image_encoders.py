@@ -66,7 +66,7 @@ def test_batches_hold_its_pictures_and_mask_its_texts(selected, student_folder):
 def test_stage_2_gives_it_a_scale_of_its_own(selected):
     lake = open_lake(selected[0])
     _, teachers = choose_selection(lake, None, TEACHERS)
-    assert teacher_scales(lake, teachers, Stage2Config()) == {"alpha": 20.0, "pixels": IMAGE_ENCODER_SCALE}
+    assert teacher_scales(lake, teachers, selected[1], Stage2Config()) == {"alpha": 20.0, "pixels": IMAGE_ENCODER_SCALE}
 
 
 def vectors(seed: int, rows: int, dim: int) -> torch.Tensor:

@@ -113,10 +113,10 @@ def broken(batch: Batch) -> Batch:
     return dataclasses.replace(batch, teachers={"t": rows})
 
 
-def run_distillation(student, batches):
+def run_distillation(student, batches, plan=PLAN):
     objective = DistillObjective(DistillConfig(), {"t": 10.0}, 10.0)
-    optimizer = build_optimizer({"student": student, "objective": objective}, PLAN.optim)
-    return train(batches, student, objective, optimizer, PLAN, first_step=0)
+    optimizer = build_optimizer({"student": student, "objective": objective}, plan.optim)
+    return train(batches, student, objective, optimizer, plan, first_step=0)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_named(student, caplog):
@@ -134,6 +134,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(student, caplog):
 def test_several_such_steps_in_a_row_stop_the_run(student):
     with pytest.raises(TrainError, match=r"not finite in 3 steps in a row.*optim\.lr"):
         list(run_distillation(student, [broken(make_batch())] * 5))
+    patient = dataclasses.replace(PLAN, max_bad_steps=5)
+    assert all(report.skipped for report in run_distillation(student, [broken(make_batch())] * 4, patient))
+    with pytest.raises(TrainError, match=r"not finite in 5 steps in a row.*scale\.max_bad_steps"):
+        list(run_distillation(student, [broken(make_batch())] * 5, patient))
 
 
 def test_validation_leaves_the_student_in_training_mode(student):

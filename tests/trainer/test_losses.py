@@ -19,6 +19,7 @@ from trainer.losses import (
     feature_regression,
     gather_constant,
     gather_features,
+    graph_matching,
     head_errors,
     mean_affinity,
     mean_over_teachers,
@@ -175,6 +176,38 @@ def test_the_worst_teacher_is_never_dropped():
     assert mean_over_teachers(errors, [ALL, ALL], always, 0.5) == mean_over_teachers(errors, [ALL, ALL], None, 0.0)
     # A masked teacher is not the worst, however bad.
     assert mean_over_teachers(errors, [ALL, ~ALL], never, 0.5) == pytest.approx((1 + 5 + 1) / 3)
+
+
+def test_keys_beyond_the_batch_are_columns_more():
+    query, queued = unit_rows(3, 6, 0), unit_rows(2, 6, 1)
+    keys, key_mask = torch.cat([query, queued]), torch.tensor([True, True, False, True, False])
+    teacher = Affinity(query, keys, torch.tensor([True, True, False]), 4.0, key_mask)
+    target, rows = mean_affinity([teacher], exclude_self=True)
+    assert target.shape == (3, 5)
+    assert rows.tolist() == [True, True, False]
+    # Row 0 may be compared with row 1 and the first queued one only.
+    assert (target[0] > 0).tolist() == [False, True, False, True, False]
+    assert target[0].sum().item() == pytest.approx(1)
+    loss = similarity_distillation(query, keys, torch.tensor(4.0, dtype=query.dtype), target, rows, exclude_self=True)
+    # The student has the same cosines, but its softmax goes over the columns that the teacher left out, too.
+    assert loss > 0
+
+
+def test_vertices_find_themselves_by_their_edges():
+    features, rows = unit_rows(6, 5, 3), torch.tensor([True] * 5 + [False])
+    turned = features @ torch.linalg.qr(unit_rows(5, 5, 4))[0]
+    scale = torch.tensor(50.0, dtype=features.dtype)
+    same = graph_matching(features, turned, rows, scale)
+    assert same.item() < 0.5  # a rotation keeps every edge
+    assert graph_matching(features, unit_rows(6, 5, 9), rows, scale) > same + 1
+    assert graph_matching(features, turned, torch.tensor([True, True] + [False] * 4), scale) == 0
+
+
+def test_a_graph_ignores_the_rows_that_do_not_count():
+    features, teacher, rows = unit_rows(6, 5, 3), unit_rows(6, 5, 4), torch.tensor([True] * 4 + [False] * 2)
+    scale, other = torch.tensor(10.0, dtype=features.dtype), teacher.clone()
+    other[4:] = unit_rows(2, 5, 8)
+    assert graph_matching(features, teacher, rows, scale) == graph_matching(features, other, rows, scale)
 
 
 def test_gathering_is_the_identity_on_one_rank():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from trainer.alignment.maps import AffineMap
 from trainer.config import DistillConfig
 from trainer.losses import clip_loss
 from trainer.objectives import (
@@ -17,6 +18,7 @@ from trainer.objectives import (
     LearnedScale,
     TeacherBatch,
     draw_teacher,
+    stored_dims,
 )
 from trainer.student import StudentOutput
 
@@ -47,7 +49,7 @@ def test_the_total_is_the_weighted_sum_of_the_named_terms():
     expected = 0.5 * terms.contrastive + 2 * terms.image_text + 3 * terms.image_image + 4 * terms.text_text
     assert terms.total.item() == pytest.approx(expected.item())
     assert all(value > 0 for name, value in terms._asdict().items() if getattr(weights, name, 1))
-    assert terms.heads == terms.feature == terms.cross == 0
+    assert terms.graph == terms.heads == terms.feature == terms.cross == 0
 
 
 def test_every_scale_learns():
@@ -227,3 +229,74 @@ def test_siglip_learns_its_bias_too():
         "scale.log",
         "bias",
     }
+
+
+# --- More columns than the batch has rows.
+
+
+def queued(length, **settings):
+    weights = DistillConfig(queue=length, text_text=1.0, **settings)
+    return DistillObjective(weights, {"t.v2": 10.0, "u": 5.0}, 10.0, 8, {"t.v2": (5, 5), "u": (5, None)})
+
+
+def two_teachers(seed, rows=6):
+    everywhere, nowhere = torch.ones(rows, dtype=torch.bool), torch.zeros(rows, dtype=torch.bool)
+    return {
+        "t.v2": teacher(seed, rows),
+        "u": TeacherBatch(unit(rows, 5, seed + 7), torch.zeros(rows, 1), everywhere, nowhere),
+    }
+
+
+def test_an_empty_queue_changes_nothing_and_a_filled_one_adds_columns():
+    plain, objective = queued(0), queued(12)
+    first, second = two_teachers(2), two_teachers(20)
+    assert objective(student(), first).total.item() == pytest.approx(plain(student(), first).total.item())
+    objective.after_step()
+    assert objective.queue.filled == 6
+    assert objective(student(), second).image_image != plain(student(), second).image_image
+    keys, said = objective.queue.behind(student(), second)
+    assert len(keys.image_BD) == len(said["t.v2"].text_mask_N) == 12
+    assert torch.equal(keys.text_BD[6:], student().text_BD)
+    assert torch.equal(said["u"].image_NT[6:], first["u"].image_NT)
+
+
+def test_the_queue_forgets_the_oldest_and_only_steps_that_were_taken_enter():
+    objective = queued(8)
+    for seed in (2, 40):
+        objective(student(), two_teachers(seed))
+        objective.after_step()
+    objective(student(), two_teachers(60))  # a step whose loss is not finite is skipped, and so is after_step
+    kept = objective.queue.get_buffer("image_0")
+    assert torch.equal(kept, torch.cat([two_teachers(40)["t.v2"].image_NT, two_teachers(2)["t.v2"].image_NT])[:8])
+    assert objective.queue.filled == 8
+
+
+def test_a_batch_longer_than_the_queue_fills_it():
+    objective = queued(4)
+    objective(student(), two_teachers(2))
+    objective.after_step()
+    assert objective.queue.filled == 4
+    assert torch.equal(objective.queue.get_buffer("text"), student().text_BD[:4])
+
+
+def test_a_restored_queue_gives_the_same_loss():
+    objective, restored = queued(12), queued(12)
+    objective(student(), two_teachers(2))
+    objective.after_step()
+    restored.load_state_dict(objective.state_dict(), strict=True)
+    assert restored(student(), two_teachers(9)).total == objective(student(), two_teachers(9)).total
+
+
+def test_a_queue_keeps_what_was_stored_where_an_alignment_changes_widths():
+    maps = {"t.v2": {"image": AffineMap(np.eye(5, 3, dtype=np.float32), np.zeros(3, np.float32))}}
+    assert stored_dims({"t.v2": (3, 5), "u": (5, None)}, maps) == {"t.v2": (5, 5), "u": (5, None)}
+
+
+def test_the_graph_term_learns_its_scale_and_hears_every_teacher():
+    objective = DistillObjective(DistillConfig(graph=1.0), {"t.v2": 10.0, "u": 5.0}, 10.0)
+    both = objective(student(), two_teachers(2))
+    both.total.backward()
+    assert objective.graph_scale.log.grad != 0
+    one = objective(student(), {"t.v2": two_teachers(2)["t.v2"]})
+    assert both.graph > 0
+    assert both.graph != one.graph

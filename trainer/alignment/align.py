@@ -8,19 +8,16 @@ from typing import Any
 import numpy as np
 
 from common.config import fingerprint
-from common.errors import LakeError, TrainError
-from common.lake import Lake, open_lake
+from common.errors import TrainError
+from common.lake import open_lake
 from common.logs import Progress, logger
 from common.seeding import rng
 from trainer.alignment.agreement import Sample, describe_agreement, format_agreement
 from trainer.alignment.maps import SIDES, Maps, save_alignment, touch_alignment
 from trainer.alignment.standardise import Moments
 from trainer.config import AlignConfig
-from trainer.data import read_selection
-from trainer.selection.read import vectors_of
 from trainer.selection.stored import choose_selection
-
-COLUMNS = ["sample_id", "image_embedding", "text_embedding"]
+from trainer.train_rows import TrainRows
 
 
 def align(lake_uri: str, config: AlignConfig) -> str:
@@ -56,44 +53,6 @@ def align(lake_uri: str, config: AlignConfig) -> str:
     save_alignment(lake, identity, maps, facts)
     logger.info("align: wrote alignment/%s\n%s", name, format_agreement(facts["agreement"]))
     return name
-
-
-class TrainRows:
-    """The train rows of a lake with the vectors of the teachers that may speak for them.
-
-    Args:
-        lake: The lake.
-        selection: Fingerprint of the selection.
-        teachers: Whose vectors.
-    """
-
-    def __init__(self, lake: Lake, selection: str, teachers: tuple[str, ...]) -> None:
-        self.lake, self.selection, self.teachers = lake, selection, teachers
-        self.shards = lake.shards()
-        producers = {name: lake.read_teacher(name)["fingerprint"] for name in teachers}
-        self.dims = {name: {side: made.get(f"{side}_dim") for side in SIDES} for name, made in producers.items()}
-
-    def read(self, shard: int) -> dict[str, dict[str, np.ndarray]]:
-        """Teacher -> side -> float32 [N, T] over the shard's train rows; NaN rows where it may not speak."""
-        pairs = self.lake.read_pairs(shard, ["sample_id", "split"])
-        train = np.array(pairs["split"].to_pylist()) == "train"
-        found: dict[str, dict[str, np.ndarray]] = {}
-        for name in self.teachers:
-            try:
-                features = self.lake.read_features(name, shard, COLUMNS)
-            except FileNotFoundError as error:
-                raise LakeError(
-                    f"{self.lake.uri} has no embeddings of teacher {name!r} for shard {shard}. Run `mmkd extract` "
-                    "again: it computes only what is missing."
-                ) from error
-            admitted = read_selection(self.lake, self.selection, name, shard, pairs)["admitted"].to_numpy()
-            found[name] = {}
-            for side in SIDES:
-                if self.dims[name][side]:
-                    vectors = vectors_of(features[f"{side}_embedding"])
-                    vectors[~admitted] = np.nan
-                    found[name][side] = vectors[train]
-        return found
 
 
 def standardise(rows: TrainRows) -> Maps:

@@ -7,12 +7,13 @@ import torch
 from common.errors import LakeError, TrainError
 from common.lake import open_lake
 from trainer.alignment.agreement import describe_agreement, format_agreement
-from trainer.alignment.align import TrainRows, align
+from trainer.alignment.align import align
 from trainer.alignment.maps import AffineMap, load_alignment
 from trainer.config import AlignConfig, AutoencoderConfig, DistillConfig
 from trainer.objectives import DistillObjective, TeacherBatch
 from trainer.stage2 import insist_on_width, teacher_dims
 from trainer.student import StudentOutput
+from trainer.train_rows import TrainRows
 
 PAPER = AlignConfig(recipe="paper", autoencoder=AutoencoderConfig(latent_dim=16, hidden_dim=24, epochs=4, lr=1e-2))
 BOTH = ("alpha", "beta")
