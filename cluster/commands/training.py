@@ -23,7 +23,15 @@ from trainer.config import AlignConfig, EvaluateConfig, SelectConfig, Stage1Conf
 LakeUri = Annotated[str, typer.Argument(metavar="LAKE", help="Folder or address of the lake.")]
 Run = Annotated[str, typer.Option("--run", help="Name of the run; the same name resumes it.")]
 
-train_app = typer.Typer(no_args_is_help=True, help="Train the student: stage1, then stage2 from its checkpoint.")
+train_app = typer.Typer(
+    no_args_is_help=True,
+    help="""Train the student: stage1, then stage2 from its checkpoint.
+
+    The paper's: `stage1 LAKE --config recipes/paper-stage1.yaml` (learning rate 5e-5, 20 epochs, 2000 warm-up steps,
+    weight decay 0.2), then `stage2 LAKE --init LAKE/runs/stage1 --config recipes/paper-stage2.yaml` (learning rate
+    1e-6, weight 50). mmkd's own second stage is `recipes/default-stage2.yaml`, whose terms stage2 has by default.
+    """,
+)
 
 
 def select(

@@ -13,10 +13,14 @@ import io
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from paired import Comparison, conclude, in_turn, parser, workplace
 from watch import CpuMeter
+
+if TYPE_CHECKING:
+    from common.lake import Lake
 
 WIDTHS = {f"t{place}": width for place, width in enumerate((768, 512, 512, 512, 512, 512, 768, 512, 512))}
 SPOKEN = 0.74
@@ -58,14 +62,43 @@ def write_files(folder: Path, found: dict[str, tuple[np.ndarray, np.ndarray]], m
                 tar.add(place / "clips_output.pt", f"{row:08d}.pt")
 
 
+def write_shard(
+    lake: "Lake",
+    shard: int,
+    ids: list[str],
+    found: dict[str, tuple[np.ndarray, ...]],
+    masks: dict[str, np.ndarray],
+) -> None:
+    """A shard of every teacher's embeddings, and of a selection that admits each where it speaks."""
+    import pyarrow as pa
+
+    from common.lake import shard_name
+    from common.schemas import SELECTION, features_schema
+    from extractor.prepare import fixed_rows
+    from extractor.sink import write_single
+
+    for name, sides in found.items():
+        dim, absent = WIDTHS[name], pa.array(~masks[name])
+        columns = {"sample_id": pa.array(ids)}
+        for side, values in zip(("image", "text"), sides, strict=True):
+            flat = fixed_rows(values).flatten()
+            columns[f"{side}_embedding"] = pa.FixedSizeListArray.from_arrays(flat, dim, mask=absent)
+            columns[f"{side}_norm"] = pa.array(np.ones(len(ids), np.float32), mask=~masks[name])
+        schema = features_schema(dim, dim)
+        columns["extra_text_embeddings"] = pa.array([[]] * len(ids), schema.field("extra_text_embeddings").type)
+        features = pa.table({field: columns[field] for field in schema.names}, schema=schema)
+        write_single(lake, name, shard, features, {"image_dim": dim, "text_dim": dim})
+        chosen = [{"sample_id": one, "admitted": bool(said)} for one, said in zip(ids, masks[name], strict=True)]
+        selected = pa.Table.from_pylist(chosen, schema=SELECTION)
+        lake.storage.write_table(f"selection/sel/teacher={name}/{shard_name(shard)}", selected)
+
+
 def write_lake(folder: Path, found: dict[str, tuple[np.ndarray, np.ndarray]], masks: dict[str, np.ndarray]) -> str:
     """The same as a lake, by the functions that extract and select write with."""
     import pyarrow as pa
 
     from common.lake import create_lake, shard_name
-    from common.schemas import PAIRS, SELECTION, features_schema
-    from extractor.prepare import fixed_rows
-    from extractor.sink import write_single
+    from common.schemas import PAIRS
 
     lake = create_lake(str(folder / "lake"), SHARD_ROWS)
     rows = len(next(iter(masks.values())))
@@ -82,23 +115,9 @@ def write_lake(folder: Path, found: dict[str, tuple[np.ndarray, np.ndarray]], ma
         ids = [f"{row:032x}" for row in range(start, min(start + SHARD_ROWS, rows))]
         table = pa.Table.from_pylist([{"sample_id": one, "sha256": one, **fixed} for one in ids], schema=PAIRS)
         lake.storage.write_table(f"pairs/{shard_name(start // SHARD_ROWS)}", table)
-        for name, sides in found.items():
-            here, dim = slice(start, start + len(ids)), WIDTHS[name]
-            absent = pa.array(~masks[name][here])
-            columns = {"sample_id": pa.array(ids)}
-            for side, values in zip(("image", "text"), sides, strict=True):
-                flat = fixed_rows(values[here]).flatten()
-                columns[f"{side}_embedding"] = pa.FixedSizeListArray.from_arrays(flat, dim, mask=absent)
-                columns[f"{side}_norm"] = pa.array(np.ones(len(ids), np.float32), mask=~masks[name][here])
-            schema = features_schema(dim, dim)
-            columns["extra_text_embeddings"] = pa.array([[]] * len(ids), schema.field("extra_text_embeddings").type)
-            features = pa.table({field: columns[field] for field in schema.names}, schema=schema)
-            write_single(lake, name, start // SHARD_ROWS, features, {"image_dim": dim, "text_dim": dim})
-            chosen = [
-                {"sample_id": one, "admitted": bool(said)} for one, said in zip(ids, masks[name][here], strict=True)
-            ]
-            selected = pa.Table.from_pylist(chosen, schema=SELECTION)
-            lake.storage.write_table(f"selection/sel/teacher={name}/{shard_name(start // SHARD_ROWS)}", selected)
+        here = slice(start, start + len(ids))
+        sides = {name: tuple(values[here] for values in both) for name, both in found.items()}
+        write_shard(lake, start // SHARD_ROWS, ids, sides, {name: mask[here] for name, mask in masks.items()})
     return lake.uri
 
 

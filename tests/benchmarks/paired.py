@@ -172,6 +172,11 @@ def conclude(comparisons: list[Comparison], options: argparse.Namespace, setting
         print(f"\nappended to {RECORD.relative_to(ROOT)}")
 
 
+def provenance() -> str:
+    """The machine and the versions behind a number, for a line of its own."""
+    return f"{_machine()}; {_versions()}."
+
+
 def _machine() -> str:
     from extractor.planning.measure import look_at_hardware
 

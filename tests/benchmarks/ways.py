@@ -106,6 +106,23 @@ def _extract_anew(order: Order) -> None:
     extract(order.lake, ExtractConfig(teachers=tuple(order.teachers), micro_batch=order.micro_batch, **order.settings))
 
 
+def trained_way(order: Order) -> Answer:
+    """Stage 2 from a stage-1 run; answers with its greatest memory, in bytes, and the share of time it waited."""
+    from cluster.session import ray_session
+    from trainer.config import Stage2Config
+    from trainer.stage2 import train_stage2
+
+    lake = Path(order.lake)
+    shutil.rmtree(lake / "runs" / "measured", ignore_errors=True)
+    with ray_session(), MemoryWatch() as watch:
+        train_stage2(order.lake, "measured", str(order.settings["init"]), Stage2Config(**order.settings["stage2"]))
+    rows = [json.loads(line) for line in (lake / "runs/measured/metrics.jsonl").read_text().splitlines()]
+    # The first row has the wait for the first batch, which is start-up.
+    waits = [row["data_wait"] for row in rows[1:]] or [rows[0]["data_wait"]]
+    rates = [row["samples_per_s"] for row in rows[1:]] or [rows[0]["samples_per_s"]]
+    return {**watch.peaks, "data_wait": sum(waits) / len(waits), "samples_per_s": sum(rates) / len(rates)}
+
+
 def loop_way(order: Order) -> Answer:
     """What one would write by hand for one machine: one process, one decode for all teachers, nothing stored.
 
@@ -238,7 +255,7 @@ def _chunks(lake: str, size: int) -> Iterator[tuple[list[bytes], list[str]]]:
             yield part["image"].to_pylist(), [captions[0] for captions in part["captions"].to_pylist()]
 
 
-WAYS = {"extract": extract_way, "watched": watched_way, "loop": loop_way, "passes": passes_way}
+WAYS = {"extract": extract_way, "watched": watched_way, "loop": loop_way, "passes": passes_way, "trained": trained_way}
 
 
 if __name__ == "__main__":

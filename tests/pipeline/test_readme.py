@@ -94,6 +94,19 @@ def test_local_commands_then_the_python_blocks(home, environment):
         run([sys.executable, "-c", code], home, outside)
 
 
+def test_the_papers_two_stages(home, environment):
+    """Alignment runs; of the training, a student of full size, the settings are put together and shown."""
+    (block,) = blocks_of("paper")
+    (home / "recipes").symlink_to(ROOT / "recipes")
+    align, *stages = block.strip().splitlines()
+    run("test -d lake/selection || mmkd select lake --set min_skill=0.5", home, environment)
+    assert "finds the caption first" in run(f"{align} --set autoencoder.epochs=1", home, environment).lower()
+    shown = [run(f"{stage} --print-config", home, environment) for stage in stages]
+    assert all(rate in said for rate, said in zip(("5e-05", "1e-06"), shown, strict=False))
+    assert "weight_decay: 0.2" in shown[0]
+    assert "feature: 50" in shown[1]
+
+
 def test_the_teachers_section(home, environment):
     (block,) = blocks_of("teachers")
     alone = "mmkd extract lake --teachers chest --catalog demo-lake/teachers.yaml"
