@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from common.storage_errors import explained
+
 if TYPE_CHECKING:
     from common.storage import Storage
 
@@ -123,19 +125,36 @@ def read_columns(
 
     Raises:
         FileNotFoundError: There is no such file.
-        OSError, ValueError, pyarrow.ArrowException: It is damaged.
+        StorageError: The storage does not give it, which says nothing of the file.
+        OSError, ValueError, pyarrow.ArrowException: It is damaged, or lacks a column.
     """
     if storage.is_local:
-        with (
-            pa.OSFile(storage.path(relative)) as local,
-            pq.ParquetFile(local, metadata=footer, pre_buffer=True) as file,
-        ):
-            return file.read_row_groups(_groups(file.metadata, groups), columns)
+        try:
+            with (
+                pa.OSFile(storage.path(relative)) as local,
+                pq.ParquetFile(local, metadata=footer, pre_buffer=True) as file,
+            ):
+                _insist_on(columns, file.metadata, relative)
+                return file.read_row_groups(_groups(file.metadata, groups), columns)
+        except OSError as error:
+            if error.errno is None:  # Arrow's own, about the content
+                raise
+            with explained(f"read {storage.path(relative)}"):
+                raise
     source = RangedFile(storage, relative, size)
     footer = footer or pq.read_metadata(source)
+    _insist_on(columns, footer, relative)
     source.fetch(_chunks(footer, columns, _groups(footer, groups)))
     with pq.ParquetFile(source, metadata=footer, pre_buffer=False) as file:
         return file.read_row_groups(_groups(footer, groups), columns, use_threads=False)
+
+
+def _insist_on(columns: list[str] | None, footer: pq.FileMetaData, relative: str) -> None:
+    """Arrow leaves columns out that are not there."""
+    have = {footer.schema.column(index).path.split(".", 1)[0] for index in range(footer.num_columns)}
+    lacking = [name for name in columns or () if name not in have]
+    if lacking:
+        raise pa.ArrowInvalid(f"{relative} has no column {', '.join(lacking)}; it has {', '.join(sorted(have))}")
 
 
 def _groups(footer: pq.FileMetaData, groups: list[int] | None) -> list[int]:

@@ -181,9 +181,9 @@ class DistillConfig(StrictModel):
     """Weights of the stage-2 loss terms; each term is logged by name."""
 
     contrastive: float = Field(1.0, ge=0, description="CLIP loss on the pairs.")
-    image_text: float = Field(1.0, ge=0, description="Image-text similarity matrix of the teachers, both directions.")
-    image_image: float = Field(1.0, ge=0, description="Image-image similarity matrix of the teachers.")
-    text_text: float = Field(0.0, ge=0, description="Text-text similarity matrix of the teachers.")
+    image_text: float = Field(3.0, ge=0, description="Image-text similarity matrix of the teachers, both directions.")
+    image_image: float = Field(3.0, ge=0, description="Image-image similarity matrix of the teachers.")
+    text_text: float = Field(3.0, ge=0, description="Text-text similarity matrix of the teachers.")
     graph: float = Field(
         0.0,
         ge=0,
@@ -196,12 +196,13 @@ class DistillConfig(StrictModel):
         "batches that are small.",
     )
     teacher_scale: Literal["own", "fitted"] | Annotated[float, Field(gt=0)] = Field(
-        "own",
+        "fitted",
         description="Factor on teacher cosines before softmax. own: each teacher's logit scale. fitted: for each "
-        "teacher the one by which it tells the train pairs apart best, in batches of this size. Or a number for all.",
+        "teacher the one by which it tells the train pairs it may speak for apart best, batch_size (at most 2048) at a "
+        "time. Or a number for all.",
     )
     heads: float = Field(
-        0.0, ge=0, description="Each teacher's vectors, through a head of its own that is thrown away after training."
+        3.0, ge=0, description="Each teacher's vectors, through a head of its own that is thrown away after training."
     )
     head_smooth: float = Field(
         0.1, ge=0, le=1, description="Share of the smooth L1 distance in a head's error; the rest is on the cosine."
@@ -228,6 +229,15 @@ class DistillConfig(StrictModel):
         description="Of the vectors for feature and cross. stored: with an alignment as they come out of it, else as "
         "they were before they were stored, so that longer ones weigh more, as in the paper's code.",
     )
+
+    @model_validator(mode="after")
+    def _a_queue_has_a_use(self) -> DistillConfig:
+        if self.queue and not (self.image_text or self.image_image or self.text_text):
+            raise ValueError(
+                f"queue {self.queue} changes nothing while image_text, image_image and text_text are all 0; weigh one "
+                "of them or set queue to 0"
+            )
+        return self
 
 
 class Stage2Config(StrictModel):

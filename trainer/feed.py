@@ -33,7 +33,13 @@ def local_batches(
 
 
 def ray_batches(
-    data: ray.ObjectRef, first_step: int, total_steps: int, rank: int, workers: int, tasks: int
+    data: ray.ObjectRef,
+    first_step: int,
+    total_steps: int,
+    rank: int,
+    workers: int,
+    tasks: int,
+    cpus_per_task: int = 1,
 ) -> Iterator[Batch]:
     """The same batches from a streaming Ray Data pipeline: read -> decode in ``tasks`` parallel tasks -> here.
 
@@ -44,6 +50,8 @@ def ray_batches(
         rank: This worker.
         workers: How many there are; divides the lanes.
         tasks: Decode tasks in flight.
+        cpus_per_task: What each reserves; 0 where workers may take every CPU that there is, and decoding would wait
+            for one for ever.
     """
     import ray
 
@@ -53,7 +61,7 @@ def ray_batches(
     segments = known.order.segments(first_step, total_steps)
     # One dataset spans many epochs, since each start costs a second; a bound keeps the list of inputs short.
     while chunk := list(itertools.islice(segments, SEGMENTS_PER_DATASET)):
-        for blob in _stream(data, chunk, lanes, tasks):
+        for blob in _stream(data, chunk, lanes, tasks, cpus_per_task):
             yield from split_batches(known, _checked(_unpack(blob)), rows)
 
 
@@ -75,7 +83,7 @@ def started(batches: Iterator[Batch]) -> Iterator[Batch]:
     return rest()
 
 
-def _stream(data: ray.ObjectRef, segments: list[Segment], lanes: range, tasks: int) -> Iterator[pa.Scalar]:
+def _stream(data: ray.ObjectRef, segments: list[Segment], lanes: range, tasks: int, cpus: int) -> Iterator[pa.Scalar]:
     import ray
 
     context = ray.data.DataContext.get_current().copy()
@@ -100,7 +108,7 @@ def _stream(data: ray.ObjectRef, segments: list[Segment], lanes: range, tasks: i
         fn_kwargs={"data": data},
         batch_format="pyarrow",
         batch_size=None,
-        num_cpus=1,
+        num_cpus=cpus,
         compute=ray.data.TaskPoolStrategy(tasks),
     )
     for batch in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):

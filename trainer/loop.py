@@ -93,6 +93,7 @@ def train(
         terms = forward_backward(batch, student, objective, plan, step, device, no_sync)
         grad_norm = clip_gradients(optimizer, plan.optim.clip_norm)
         values = {name: float(value.detach()) for name, value in terms._asdict().items()}
+        del terms  # of a skipped step it still holds the whole graph
         finite = torch.isfinite(torch.tensor([values["total"], grad_norm])).all().item()
         bad = 0 if finite else bad + 1
         if finite:
@@ -132,7 +133,10 @@ def forward_backward(
     """
     pixels_BHWC, tokens_BL = (torch.tensor(part).to(device) for part in (batch.pixels_BHWC, batch.tokens_BL))
     teachers = {name: to_device(rows, device) for name, rows in batch.teachers.items()}
-    draws_NK = gather_constant(torch.tensor(batch.draws_BK).to(device)) if teachers else None
+    said: tuple[dict[str, TeacherBatch], torch.Tensor | None, torch.Tensor | None] = (teachers, None, None)
+    if teachers:
+        draws_NK, places_N = (gather_constant(torch.tensor(x).to(device)) for x in (batch.draws_BK, batch.place_B))
+        said = (teachers, draws_NK, places_N)
     rows = -(-len(pixels_BHWC) // plan.accumulate)
     parts = list(zip(pixels_BHWC.split(rows), tokens_BL.split(rows), strict=True))
 
@@ -143,14 +147,14 @@ def forward_backward(
             return StudentOutput(*student(*parts[micro]))
 
     if len(parts) == 1:
-        terms = objective(gathered(embed(0)), teachers, draws_NK)
+        terms = objective(gathered(embed(0)), *said)
         if torch.isfinite(terms.total):
             terms.total.backward()
         return terms
     with torch.no_grad():
         passes = [embed(micro) for micro in range(len(parts))]
     leaves = StudentOutput(*(torch.cat(side).requires_grad_() for side in zip(*passes, strict=True)))
-    terms = objective(gathered(leaves), teachers, draws_NK)
+    terms = objective(gathered(leaves), *said)
     if torch.isfinite(terms.total):
         terms.total.backward()
         for micro in range(len(parts)):

@@ -108,12 +108,13 @@ def mean_over_teachers(
     return (row_N * rows_N).sum() / rows_N.sum().clamp(min=1)
 
 
-def mean_affinity(teachers: Sequence[Affinity], exclude_self: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def mean_affinity(teachers: Sequence[Affinity], exclude_self: bool | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Average the teachers' softmaxed similarities, after softmax, over the teachers admissible for each row.
 
     Args:
         teachers: At least one; each row's softmax runs over the columns its teacher is admissible for.
-        exclude_self: Leave the diagonal out, for similarities within one modality.
+        exclude_self: Leave the diagonal out, for similarities within one modality; or bool [N, M], the columns that are
+            each row's own sample.
 
     Returns:
         target_NM, whose valid rows sum to 1, and rows_N (bool), the rows for which any teacher spoke.
@@ -121,11 +122,11 @@ def mean_affinity(teachers: Sequence[Affinity], exclude_self: bool) -> tuple[tor
     rows, keys = len(teachers[0].mask_N), len(teachers[0].key_MD)
     total_NM = teachers[0].query_ND.new_zeros(rows, keys)
     speaking_N = total_NM.new_zeros(rows)
-    itself_NM = torch.eye(rows, keys, dtype=torch.bool, device=total_NM.device)
+    itself_NM = _itself(exclude_self, total_NM)
     for teacher in teachers:
         key_mask_M = teacher.mask_N if teacher.key_mask_M is None else teacher.key_mask_M
         allowed_NM = teacher.mask_N[:, None] & key_mask_M[None, :]
-        if exclude_self:
+        if itself_NM is not None:
             allowed_NM = allowed_NM & ~itself_NM
         logits_NM = teacher.scale * teacher.query_ND @ teacher.key_MD.T
         # A finite floor, since a row without any allowed column would turn to NaN under -inf.
@@ -142,7 +143,7 @@ def similarity_distillation(
     scale: torch.Tensor,
     target_NM: torch.Tensor,
     rows_N: torch.Tensor,
-    exclude_self: bool,
+    exclude_self: bool | torch.Tensor,
 ) -> torch.Tensor:
     """Kullback-Leibler divergence from the teachers' rows to the student's softmax; 0 is perfect agreement.
 
@@ -155,14 +156,20 @@ def similarity_distillation(
         exclude_self: As it was for the target.
     """
     logits_NM = scale * query_ND @ key_MD.T
-    if exclude_self:
-        itself_NM = torch.eye(*logits_NM.shape, dtype=torch.bool, device=logits_NM.device)
+    itself_NM = _itself(exclude_self, logits_NM)
+    if itself_NM is not None:
         logits_NM = logits_NM.masked_fill(itself_NM, torch.finfo(logits_NM.dtype).min)
     log_student_NM = logits_NM.log_softmax(dim=1)
     # xlogy(0, 0) = 0; a column the target excludes must not multiply the floor's huge logarithm.
     cross_NM = torch.where(target_NM > 0, target_NM * log_student_NM, torch.zeros_like(log_student_NM))
     row_N = torch.xlogy(target_NM, target_NM).sum(dim=1) - cross_NM.sum(dim=1)
     return (row_N * rows_N).sum() / rows_N.sum().clamp(min=1)
+
+
+def _itself(exclude_self: bool | torch.Tensor, like_NM: torch.Tensor) -> torch.Tensor | None:
+    if isinstance(exclude_self, torch.Tensor):
+        return exclude_self
+    return torch.eye(*like_NM.shape, dtype=torch.bool, device=like_NM.device) if exclude_self else None
 
 
 def graph_matching(

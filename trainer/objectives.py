@@ -97,7 +97,11 @@ class ContrastiveObjective(nn.Module):
         self.bias = nn.Parameter(torch.tensor(SIGLIP_BIAS)) if loss == "siglip" else None
 
     def forward(
-        self, student: StudentOutput, teachers: Mapping[str, TeacherBatch], draws_NK: torch.Tensor | None = None
+        self,
+        student: StudentOutput,
+        teachers: Mapping[str, TeacherBatch],
+        draws_NK: torch.Tensor | None = None,
+        places_N: torch.Tensor | None = None,
     ) -> Stage1Terms:
         """The contrastive loss; teachers are not consulted in this stage."""
         image_ND, text_ND, scale = student.image_BD, student.text_BD, self.scale()
@@ -211,6 +215,7 @@ class EmbeddingQueue(nn.Module):
         super().__init__()
         self.length, self.teachers = length, tuple(dims)
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("place", torch.full((length,), -1))
         for name, size in self._widths(width, dims):
             empty = torch.zeros(length, size) if size else torch.zeros(length, dtype=torch.bool)
             self.register_buffer(name, empty)
@@ -225,9 +230,12 @@ class EmbeddingQueue(nn.Module):
             yield f"text_mask_{k}", 0
 
     def behind(
-        self, student: StudentOutput, teachers: Mapping[str, TeacherBatch]
-    ) -> tuple[StudentOutput, dict[str, TeacherBatch]]:
-        """The batch with the queue's rows below it."""
+        self, student: StudentOutput, teachers: Mapping[str, TeacherBatch], places_N: torch.Tensor
+    ) -> tuple[StudentOutput, dict[str, TeacherBatch], torch.Tensor]:
+        """The batch with the queue's rows below it, and bool [N, M]: the rows that are the same sample.
+
+        Where an epoch ends the queue may hold a sample of the batch, whose vectors would be the nearest of all.
+        """
         rows = int(self.filled)
 
         def longer(batch: torch.Tensor, name: str) -> torch.Tensor:
@@ -241,11 +249,14 @@ class EmbeddingQueue(nn.Module):
             )
             for name, one in teachers.items()
         }
-        return own, said
+        batch_NN = torch.eye(len(places_N), dtype=torch.bool, device=places_N.device)
+        queue_NQ = (places_N[:, None] == self.get_buffer("place")[None, :rows]) & (places_N >= 0)[:, None]
+        return own, said, torch.cat([batch_NN, queue_NQ], dim=1)
 
     @torch.no_grad()
-    def push(self, student: StudentOutput, teachers: Mapping[str, TeacherBatch]) -> None:
+    def push(self, student: StudentOutput, teachers: Mapping[str, TeacherBatch], places_N: torch.Tensor) -> None:
         """Put a batch's rows in front, and forget the oldest."""
+        self._push("place", places_N)
         self._push("image", student.image_BD)
         self._push("text", student.text_BD)
         for name, one in teachers.items():
@@ -295,10 +306,14 @@ class DistillObjective(nn.Module):
         self.heads = TeacherHeads(width, dims or {}) if weights.heads else None
         self.aligned = AlignedTeachers(maps) if maps else None
         self.queue = EmbeddingQueue(weights.queue, width, stored_dims(dims or {}, maps)) if weights.queue else None
-        self._last: tuple[StudentOutput, Mapping[str, TeacherBatch]] | None = None
+        self._last: tuple[StudentOutput, Mapping[str, TeacherBatch], torch.Tensor] | None = None
 
     def forward(
-        self, student: StudentOutput, teachers: Mapping[str, TeacherBatch], draws_NK: torch.Tensor | None = None
+        self,
+        student: StudentOutput,
+        teachers: Mapping[str, TeacherBatch],
+        draws_NK: torch.Tensor | None = None,
+        places_N: torch.Tensor | None = None,
     ) -> Stage2Terms:
         """The weighted sum over the global batch.
 
@@ -307,22 +322,32 @@ class DistillObjective(nn.Module):
             teachers: Theirs, in the order of the columns of ``draws_NK`` but the first.
             draws_NK: Numbers in [0, 1) for each row: the first chooses its drawn teacher, the others drop heads. None:
                 the first admissible teacher, and all heads.
+            places_N: Int64 that tells samples apart, by which a queue knows a row's own sample; None with a queue: it
+                holds none of the batch's.
         """
         weights, image_ND, text_ND = self.weights, student.image_BD, student.text_BD
         zero = image_ND.new_zeros(())
         contrastive = clip_loss(image_ND, text_ND, self.scale())
-        keys, said = (student, teachers) if self.queue is None else self.queue.behind(student, teachers)
-        self._last = (student, teachers) if self.queue is not None else None
+        stored = teachers
+        if weights.target_length == "stored" and self.aligned is None:
+            teachers = {name: _unit(teacher) for name, teacher in teachers.items()}
+        keys, said, itself = student, teachers, None
+        if self.queue is not None:
+            if places_N is None:
+                places_N = torch.full((len(image_ND),), -1, device=image_ND.device)
+            keys, said, itself = self.queue.behind(student, teachers, places_N)
+            self._last = StudentOutput(*(side.detach() for side in student)), teachers, places_N
         image_text = self._image_text(student, keys, teachers, said) if weights.image_text else zero
-        image_image = self._within("image", student, keys, teachers, said) if weights.image_image else zero
-        text_text = self._within("text", student, keys, teachers, said) if weights.text_text else zero
+        image_image = self._within("image", student, keys, teachers, said, itself) if weights.image_image else zero
+        text_text = self._within("text", student, keys, teachers, said, itself) if weights.text_text else zero
         graph = self._graph(student, teachers) if self.graph_scale is not None else zero
-        aligned = dict(teachers) if self.aligned is None else self.aligned(teachers)
+        aligned = dict(teachers) if self.aligned is None else self.aligned(stored)
+        drawn = stored if self.aligned is None else aligned
         heads = zero
         if self.heads is not None:
             drops = None if draws_NK is None else draws_NK[:, 1:]
             heads = self.heads(student, aligned, weights.head_smooth, weights.drop_teachers, drops)
-        feature, cross = self._drawn(student, aligned, draws_NK) if weights.feature or weights.cross else (zero, zero)
+        feature, cross = self._drawn(student, drawn, draws_NK) if weights.feature or weights.cross else (zero, zero)
         return Stage2Terms(
             contrastive=contrastive,
             image_text=image_text,
@@ -405,17 +430,17 @@ class DistillObjective(nn.Module):
         keys: StudentOutput,
         teachers: Mapping[str, TeacherBatch],
         said: Mapping[str, TeacherBatch],
+        itself_NM: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Similarities within one modality, each row's own column left out."""
+        """Similarities within one modality, the columns of each row's own sample left out."""
         affinities = []
         for name, teacher in teachers.items():
             (query_NT, mask_N), (key_MT, key_mask_M) = _side(teacher, side), _side(said[name], side)
             affinities.append(Affinity(query_NT, key_MT, mask_N, self.teacher_scales[name], key_mask_M))
-        target_NM, rows_N = mean_affinity(affinities, exclude_self=True)
+        own = True if itself_NM is None else itself_NM
+        target_NM, rows_N = mean_affinity(affinities, own)
         place = ("image", "text").index(side)
-        return similarity_distillation(
-            student[place], keys[place], self.distill_scale(), target_NM, rows_N, exclude_self=True
-        )
+        return similarity_distillation(student[place], keys[place], self.distill_scale(), target_NM, rows_N, own)
 
     def _graph(self, student: StudentOutput, teachers: Mapping[str, TeacherBatch]) -> torch.Tensor:
         """Every teacher's graphs of pictures and of captions, weighted by how many rows it may speak for."""
@@ -447,6 +472,12 @@ def stored_dims(
             into["text"].matrix_TW.shape[0] if "text" in into else text,
         )
     return found
+
+
+def _unit(teacher: TeacherBatch) -> TeacherBatch:
+    """The same with vectors of length one; zeros stay."""
+    image_NT, text_NT = F.normalize(teacher.image_NT, dim=1), F.normalize(teacher.text_NT, dim=1)
+    return TeacherBatch(image_NT, text_NT, teacher.image_mask_N, teacher.text_mask_N)
 
 
 def draw_teacher(

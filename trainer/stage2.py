@@ -8,11 +8,12 @@ from common.config import fingerprint
 from common.errors import TrainError
 from common.lake import Lake, open_lake
 from common.logs import logger
+from common.storage import Storage
 from trainer.alignment.maps import Alignment, load_alignment
 from trainer.checkpoint import MODEL, load_checkpoint
 from trainer.config import Stage2Config
 from trainer.data import StoredViews, TrainData
-from trainer.launch import TrainResult, build_order, check_cluster, find_rows, launch, run_identity
+from trainer.launch import RUN, TrainResult, build_order, check_cluster, find_rows, launch, run_identity
 from trainer.objectives import DistillObjective
 from trainer.record import Job
 from trainer.selection.stored import choose_selection
@@ -49,7 +50,8 @@ def train_stage2(lake_uri: str, run: str, init: str | None, config: Stage2Config
     selection, teachers = choose_selection(lake, config.selection, config.teachers)
     rows = find_rows(lake, teachers, selection, config.data.seed)
     order = build_order(rows, config.data, lake)
-    scales = teacher_scales(lake, teachers, selection, config)
+    storage = lake.storage.child(f"runs/{run}")
+    scales = recorded_scales(storage, teachers, config) or teacher_scales(lake, teachers, selection, config)
     width = int(architecture.config["model_cfg"]["embed_dim"])
     alignment = load_alignment(lake, config.alignment, teachers) if config.alignment else None
     dims = teacher_dims(lake, teachers, alignment)
@@ -65,7 +67,7 @@ def train_stage2(lake_uri: str, run: str, init: str | None, config: Stage2Config
     }
     job = Job(
         stage="stage 2",
-        run_uri=lake.storage.child(f"runs/{run}").uri,
+        run_uri=storage.uri,
         optim=config.optim,
         scale=config.scale,
         tasks=config.data.tasks,
@@ -92,13 +94,22 @@ def teacher_scales(lake: Lake, teachers: tuple[str, ...], selection: str, config
     if isinstance(wanted, float):
         return dict.fromkeys(teachers, wanted)
     own = {name: float(lake.read_teacher(name)["logit_scale"] or IMAGE_ENCODER_SCALE) for name in teachers}
-    if wanted == "own":
-        return own
+    weights = config.distill
+    if wanted == "own" or not (weights.image_text or weights.image_image or weights.text_text):
+        return own  # nobody will ask
     fitted = fitted_scales(lake, selection, teachers, config.data.batch_size, config.data.seed)
     scales = {name: own[name] if scale is None else round(scale, 3) for name, scale in fitted.items()}
     listing = ", ".join(f"{name} {scale:.1f} (own {own[name]:.1f})" for name, scale in scales.items())
     logger.info("stage 2: fitted temperatures, as factors on cosines: %s", listing)
     return scales
+
+
+def recorded_scales(run: Storage, teachers: tuple[str, ...], config: Stage2Config) -> dict[str, float] | None:
+    """The fitted factors that a run began with: fitting again on another machine may end a digit off."""
+    if config.distill.teacher_scale != "fitted" or not run.exists(RUN):
+        return None
+    found = run.read_json(RUN).get("fingerprint", {}).get("teacher_scales", {})
+    return found if set(found) == set(teachers) else None
 
 
 def stored_views(lake: Lake, teachers: tuple[str, ...], lengths: bool) -> StoredViews:

@@ -18,6 +18,8 @@ from trainer.train_rows import TrainRows
 
 FIT_ROWS = 8192
 """Pairs of a teacher that its temperature is fitted to."""
+MOST_AT_ONCE = 2048
+"""Pairs among which each is to be found, at most: memory grows with its square, the factor only with its logarithm."""
 LEAST, MOST = 1.0, 200.0
 HALVINGS = 40
 
@@ -30,8 +32,10 @@ def best_scale(image_ND: np.ndarray, text_ND: np.ndarray, batch: int) -> float:
     Args:
         image_ND: Unit vectors of pictures.
         text_ND: Unit vectors of their captions.
-        batch: Pairs among which each is to be found; what is left over is not used, unless there is no full batch.
+        batch: Pairs among which each is to be found, at most 2048; what is left over is not used, unless there is no
+            full batch.
     """
+    batch = min(batch, MOST_AT_ONCE)
     count = max(1, len(image_ND) // batch) * batch
     pairs = [
         (torch.from_numpy(image_ND[first : first + batch]), torch.from_numpy(text_ND[first : first + batch]))

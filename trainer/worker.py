@@ -59,7 +59,9 @@ def run_job(job: Job, data_ref: ray.ObjectRef, run: Storage) -> None:
     if job.threads and device.type == "cpu":
         torch.set_num_threads(job.threads)
     first_step = agree_on_start(run, rank, device)
-    batches = started(ray_batches(data_ref, first_step, job.total_steps, rank, workers, job.tasks))
+    # An elastic group takes all the CPUs it can get.
+    cpus = 1 if job.scale.max_workers is None else 0
+    batches = started(ray_batches(data_ref, first_step, job.total_steps, rank, workers, job.tasks, cpus))
     parts = prepare(job, data, run, first_step, device)
     model, no_sync = wrap(parts.student, workers, device)
     plan = LoopPlan(

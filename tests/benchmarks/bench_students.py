@@ -23,31 +23,31 @@ import numpy as np
 from material import default_data
 from paired import RECORD, provenance
 
-LR, BATCH, STAGE1_STEPS, STEPS = 1e-3, 64, 150, 400
+LR, BATCH, STAGE1_STEPS, STEPS = 1e-3, 64, 100, 300
 MEAN = "mean"
 
-OFF = {"image_text": 0.0, "image_image": 0.0, "text_text": 0.0}
+OFF = {"image_text": 0.0, "image_image": 0.0, "text_text": 0.0, "heads": 0.0, "teacher_scale": "own"}
 PAPER = {**OFF, "feature": 50.0, "cross": 1.0, "cross_scale": "constant", "target_length": "stored"}
 PAPER_FIXED = {**PAPER, "cross_scale": "learned", "target_length": "unit"}
-CONTINUED = {**OFF}
 DEFAULT: dict[str, object] = {}
 """What ``DistillConfig`` says."""
 
-AFFINITY = {"image_text": 1.0, "image_image": 1.0, "text_text": 1.0}
+AFFINITY = {**OFF, "image_text": 1.0, "image_image": 1.0, "text_text": 1.0}
+STRONG = {**OFF, "image_text": 3.0, "image_image": 3.0, "text_text": 3.0, "heads": 3.0}
 CANDIDATES: dict[str, dict[str, object]] = {
     "heads": {**OFF, "heads": 1.0},
     "affinity": {**OFF, "image_text": 1.0},
-    "affinity+ii": {**OFF, "image_text": 1.0, "image_image": 1.0},
-    "affinity+all": AFFINITY,
-    "3 x affinity+all": dict.fromkeys(AFFINITY, 3.0),
-    "affinity+all+heads": {**AFFINITY, "heads": 1.0},
-    "3 x affinity+all+heads": {**dict.fromkeys(AFFINITY, 3.0), "heads": 3.0},
-    "... fitted": {**dict.fromkeys(AFFINITY, 3.0), "heads": 3.0, "teacher_scale": "fitted"},
-    "... scale 10": {**dict.fromkeys(AFFINITY, 3.0), "heads": 3.0, "teacher_scale": 10.0},
-    "... queue": {**dict.fromkeys(AFFINITY, 3.0), "heads": 3.0, "queue": 256},
-    "... graph": {**dict.fromkeys(AFFINITY, 3.0), "heads": 3.0, "graph": 1.0},
-    "... drop": {**dict.fromkeys(AFFINITY, 3.0), "heads": 3.0, "drop_teachers": 0.5},
-    "... no contrastive": {**dict.fromkeys(AFFINITY, 3.0), "heads": 3.0, "contrastive": 0.0},
+    "affinity, images": {**OFF, "image_text": 1.0, "image_image": 1.0},
+    "affinity, all": AFFINITY,
+    "affinity, all, heads": {**AFFINITY, "heads": 1.0},
+    "3 x affinity, all": {**STRONG, "heads": 0.0},
+    "3 x affinity, all, heads": STRONG,
+    "... fitted": {**STRONG, "teacher_scale": "fitted"},
+    "... scale 10": {**STRONG, "teacher_scale": 10.0},
+    "... queue": {**STRONG, "queue": 256},
+    "... graph": {**STRONG, "graph": 1.0},
+    "... drop": {**STRONG, "drop_teachers": 0.5},
+    "... no contrastive": {**STRONG, "contrastive": 0.0},
 }
 ALIGNED = ("paper", "paper-fixed")
 
@@ -63,7 +63,7 @@ def recipes() -> dict[str, dict[str, object]]:
     without |= {
         f"default, no {name}": {**DEFAULT, name: off} for name, off in options.items() if getattr(default, name) != off
     }
-    return {"continued": CONTINUED, "paper": PAPER, "paper-fixed": PAPER_FIXED, "default": DEFAULT, **without}
+    return {"continued": OFF, "paper": PAPER, "paper-fixed": PAPER_FIXED, "default": DEFAULT, **without}
 
 
 def run_seed(seed: int, options: argparse.Namespace) -> dict[str, dict[str, tuple[float, list[float]]]]:
@@ -103,7 +103,7 @@ def students(room: "object", options: argparse.Namespace) -> Iterator[tuple[str,
     objective = ContrastiveObjective(0.07)
     student = data.train(new_student(architecture, room.seed), objective, STAGE1_STEPS)
     yield "stage 1", student
-    start, scale = {k: v.clone() for k, v in student.state_dict().items()}, float(objective.scale())
+    start, scale = {k: v.clone() for k, v in student.state_dict().items()}, float(objective.scale().detach())
 
     from trainer.selection.select import select
 
@@ -145,7 +145,7 @@ class Teaching:
         from common.storage import Storage
         from trainer.architecture import read_architecture
         from trainer.config import DataConfig
-        from trainer.data import TrainData
+        from trainer.data import Batch, TrainData
         from trainer.launch import build_order, find_rows
         from trainer.selection.stored import choose_selection
 
@@ -157,6 +157,7 @@ class Teaching:
         order = build_order(rows, config, self.lake)
         architecture = read_architecture(Storage(str(room.architecture)))
         self.data = TrainData(lake_uri, order, architecture, config.crop_scale, teachers, self.selection)
+        self.batches: list[Batch] = []
 
     def train(self, student: object, objective: object, steps: int) -> object:
         """Train for some steps."""
@@ -169,7 +170,9 @@ class Teaching:
         optim = OptimConfig(lr=LR, warmup_steps=steps // 10, weight_decay=0.1)
         optimizer = build_optimizer({"student": student, "objective": objective}, optim)
         plan = LoopPlan(steps, self.data.order.steps_per_epoch, optim, 1, self.seed)
-        for _ in train(ahead(local_batches(self.data, 0, steps)), student, objective, optimizer, plan, 0):
+        if len(self.batches) < steps:  # the same for every recipe, so they are read once
+            self.batches = list(local_batches(self.data, 0, steps))
+        for _ in train(self.batches[:steps], student, objective, optimizer, plan, 0):
             pass
         return student
 
@@ -191,22 +194,6 @@ class Teaching:
 
         stage2 = Stage2Config(distill=config, data=DataConfig(batch_size=BATCH, lanes=4, seed=self.seed))
         return teacher_scales(self.lake, self.teachers, str(self.selection), stage2)
-
-
-def ahead(batches: Iterator) -> Iterator:
-    """The same batches, the next few being decoded meanwhile."""
-    from queue import Queue
-    from threading import Thread
-
-    waiting: Queue = Queue(4)
-
-    def fill() -> None:
-        for batch in batches:
-            waiting.put(batch)
-        waiting.put(None)
-
-    Thread(target=fill, daemon=True).start()
-    return iter(waiting.get, None)
 
 
 def summarise(found: list[dict], options: argparse.Namespace) -> str:

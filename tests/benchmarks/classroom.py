@@ -31,7 +31,7 @@ from trainer.architecture import load_tokenizer, read_architecture
 from trainer.evaluation.metrics import Score, classification_scores
 from trainer.student import Student
 
-SIZE = 64
+SIZE = 32
 SHARD_ROWS = 512
 GENERIC_SHARE = 0.7
 PARTS = {"val": 0.15, "student": 0.45}
@@ -192,7 +192,7 @@ def prepare_room(folder: Path, data: Path, seed: int) -> Room:
     from cluster.demo.specialists import write_model_folder
 
     parts = share_out(read_pictures(data), seed)
-    settings = DemoConfig(seed=seed, image_size=SIZE, teacher_steps=400, teacher_batch=64)
+    settings = DemoConfig(seed=seed, image_size=SIZE, teacher_steps=300, teacher_batch=64)
     for modality, field in FIELDS.items():
         mine = [p for part in ("student", "teachers") for p in parts[part] if p.modality == modality]
         captions = [[specific(p, which) for which in range(8)] for p in mine]

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from common.errors import StorageError
 from common.parquet_reading import HOLE_BYTES, RangedFile, joined, read_columns, read_footer, table_of
 from common.storage import Storage
 
@@ -84,3 +85,20 @@ def test_a_torn_file_is_said_to_be_one(storage, size, kept):
     storage.write_bytes("t.parquet", storage.read_bytes("t.parquet")[:kept])
     with pytest.raises((OSError, pa.ArrowException)):
         read_columns(storage, "t.parquet", kept)
+
+
+def test_a_column_that_is_not_there_is_named(storage, size):
+    with pytest.raises(pa.ArrowInvalid, match=r"t\.parquet has no column zzz; it has a, s, v"):
+        read_columns(storage, "t.parquet", size, ["a", "zzz"])
+
+
+def test_what_the_disk_fails_to_give_is_no_damage(tmp_path, size, storage):
+    if not storage.is_local:
+        pytest.skip("the local branch only")
+    footer = read_footer(storage, "t.parquet", size)
+    storage.remove("t.parquet")
+    (tmp_path / "t.parquet").symlink_to("t.parquet")  # too many levels of symbolic links
+    with pytest.raises(StorageError):
+        read_columns(storage, "t.parquet", size, footer=footer)
+    with pytest.raises(FileNotFoundError):
+        read_columns(storage, "none.parquet", size, footer=footer)

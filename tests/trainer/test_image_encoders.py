@@ -66,7 +66,14 @@ def test_batches_hold_its_pictures_and_mask_its_texts(selected, student_folder):
 def test_stage_2_gives_it_a_scale_of_its_own(selected):
     lake = open_lake(selected[0])
     _, teachers = choose_selection(lake, None, TEACHERS)
-    assert teacher_scales(lake, teachers, selected[1], Stage2Config()) == {"alpha": 20.0, "pixels": IMAGE_ENCODER_SCALE}
+    own = Stage2Config(distill=DistillConfig(teacher_scale="own"))
+    assert teacher_scales(lake, teachers, selected[1], own) == {"alpha": 20.0, "pixels": IMAGE_ENCODER_SCALE}
+    # There are no captions to fit its temperature to.
+    fitted = teacher_scales(lake, teachers, selected[1], Stage2Config())
+    assert fitted["pixels"] == IMAGE_ENCODER_SCALE
+    assert fitted["alpha"] != 20.0
+    number = Stage2Config(distill=DistillConfig(teacher_scale=12.0))
+    assert teacher_scales(lake, teachers, selected[1], number) == {"alpha": 12.0, "pixels": 12.0}
 
 
 def vectors(seed: int, rows: int, dim: int) -> torch.Tensor:

@@ -44,7 +44,7 @@ def test_stage_1_is_the_clip_loss_at_the_starting_temperature():
 
 
 def test_the_total_is_the_weighted_sum_of_the_named_terms():
-    weights = DistillConfig(contrastive=0.5, image_text=2.0, image_image=3.0, text_text=4.0)
+    weights = DistillConfig(contrastive=0.5, image_text=2.0, image_image=3.0, text_text=4.0, heads=0.0)
     terms = DistillObjective(weights, {"t": 10.0}, 10.0)(student(), {"t": teacher(2)})
     expected = 0.5 * terms.contrastive + 2 * terms.image_text + 3 * terms.image_image + 4 * terms.text_text
     assert terms.total.item() == pytest.approx(expected.item())
@@ -144,7 +144,15 @@ def published_losses(image, text, scale, teacher_image, teacher_text):
 
 
 PAPER = DistillConfig(
-    contrastive=1, image_text=0, image_image=0, feature=50, cross=1, cross_scale="constant", target_length="stored"
+    contrastive=1,
+    image_text=0,
+    image_image=0,
+    text_text=0,
+    heads=0,
+    feature=50,
+    cross=1,
+    cross_scale="constant",
+    target_length="stored",
 )
 
 
@@ -183,7 +191,7 @@ def test_the_papers_factor_is_never_trained_and_the_corrected_one_is():
 
 
 def heads(**settings):
-    weights = DistillConfig(contrastive=0, image_text=0, image_image=0, heads=1, **settings)
+    weights = DistillConfig(contrastive=0, image_text=0, image_image=0, text_text=0, heads=1, **settings)
     torch.manual_seed(0)
     return DistillObjective(weights, {"t.v2": 1.0, "u": 1.0}, 10.0, 8, {"t.v2": (5, 5), "u": (5, None)})
 
@@ -235,7 +243,7 @@ def test_siglip_learns_its_bias_too():
 
 
 def queued(length, **settings):
-    weights = DistillConfig(queue=length, text_text=1.0, **settings)
+    weights = DistillConfig(queue=length, heads=0.0, **settings)
     return DistillObjective(weights, {"t.v2": 10.0, "u": 5.0}, 10.0, 8, {"t.v2": (5, 5), "u": (5, None)})
 
 
@@ -254,10 +262,42 @@ def test_an_empty_queue_changes_nothing_and_a_filled_one_adds_columns():
     objective.after_step()
     assert objective.queue.filled == 6
     assert objective(student(), second).image_image != plain(student(), second).image_image
-    keys, said = objective.queue.behind(student(), second)
+    keys, said, itself = objective.queue.behind(student(), second, torch.arange(6))
+    assert torch.equal(itself, torch.eye(6, 12, dtype=torch.bool))
     assert len(keys.image_BD) == len(said["t.v2"].text_mask_N) == 12
     assert torch.equal(keys.text_BD[6:], student().text_BD)
     assert torch.equal(said["u"].image_NT[6:], first["u"].image_NT)
+
+
+def test_a_row_is_not_compared_with_its_own_sample_of_an_earlier_step():
+    objective, places = queued(12), torch.arange(6)
+    objective(student(), two_teachers(2), None, places)
+    objective.after_step()
+    *_, itself = objective.queue.behind(student(), two_teachers(2), places.flip(0))
+    assert torch.equal(itself[:, 6:], torch.eye(6, dtype=torch.bool).flip(0))
+    # The same batch again, each row beside its copy: with the copies left out, what is asked is asked twice over.
+    again = objective(student(), two_teachers(2), None, places)
+    first = queued(12)(student(), two_teachers(2), None, places)
+    assert again.text_text.item() == pytest.approx(first.text_text.item(), rel=0.05)
+    careless = objective(student(), two_teachers(2), None, places + 100)
+    assert abs(careless.text_text - first.text_text) > abs(again.text_text - first.text_text)
+
+
+def test_stored_lengths_matter_to_the_papers_terms_only():
+    weights = DistillConfig(feature=1.0, cross=1.0, graph=1.0, target_length="stored")
+    objective = DistillObjective(weights, {"t": 10.0}, 10.0, 8, {"t": (8, 8)})
+    mask = torch.ones(6, dtype=torch.bool)
+    image, text = unit(6, 8, 5), unit(6, 8, 6)
+    one, longer = (objective(student(), {"t": TeacherBatch(by * image, by * text, mask, mask)}) for by in (1.0, 3.0))
+    for term in ("image_text", "image_image", "text_text", "graph", "heads"):
+        torch.testing.assert_close(getattr(one, term), getattr(longer, term))
+    assert one.feature != longer.feature
+    assert one.cross != longer.cross
+
+
+def test_a_queue_without_use_is_refused():
+    with pytest.raises(ValueError, match="changes nothing"):
+        DistillConfig(queue=5, image_text=0.0, image_image=0.0, text_text=0.0)
 
 
 def test_the_queue_forgets_the_oldest_and_only_steps_that_were_taken_enter():

@@ -32,3 +32,7 @@ def test_the_papers_stage_2_and_its_mended_form_differ_in_the_defects_only():
     assert (terms.image_text, terms.image_image, terms.text_text, terms.heads) == (0, 0, 0, 0)
     changed = terms.model_copy(update={"cross_scale": "learned", "target_length": "unit"})
     assert mended == paper.model_copy(update={"distill": changed})
+
+
+def test_the_default_is_what_stage_2_does_by_itself():
+    assert load_config(Stage2Config, str(RECIPES / "default-stage2.yaml"), ()) == Stage2Config()

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from common.lake import open_lake
+from trainer import temperature
 from trainer.losses import clip_loss
 from trainer.temperature import best_scale, fitted_scales
 
@@ -37,6 +38,12 @@ def test_a_teacher_that_knows_less_is_made_softer():
 def test_fewer_pairs_than_a_batch_are_one_batch():
     image, text = pairs(10, 2.0)
     assert best_scale(image, text, 64) == best_scale(image, text, 10)
+
+
+def test_memory_does_not_grow_with_the_batch(monkeypatch):
+    monkeypatch.setattr(temperature, "MOST_AT_ONCE", 16)
+    image, text = pairs(64, 2.0)
+    assert best_scale(image, text, 64) == best_scale(image, text, 16)
 
 
 def test_a_useless_teacher_ends_at_the_bound():
