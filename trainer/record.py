@@ -77,6 +77,35 @@ def restore(parts: Parts, checkpoint: Checkpoint) -> None:
     load_optimizer_tensors(parts.optimizer, checkpoint.tensors(OPTIMIZER))
 
 
+@dataclass
+class Pace:
+    """Samples and waiting of the steps so far, for the progress line."""
+
+    samples: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def add(self, report: StepReport, samples: int) -> None:
+        """Count a step."""
+        self.samples += samples
+        self.seconds += report.seconds
+        self.waited += report.wait_seconds
+
+    def describe(self) -> str:
+        """As it ends the line; empty before the first step."""
+        if not self.seconds:
+            return ""
+        rate, share = self.samples / self.seconds, self.waited / self.seconds
+        return f"; {rate:.0f} samples/s, {share:.0%} of the time waiting for data"
+
+
+def describe_terms(terms: dict[str, float]) -> str:
+    """The loss, and its unweighted terms where it has several."""
+    parts = {name: value for name, value in terms.items() if name != "total" and value}
+    listing = ", ".join(f"{name} {value:.3f}" for name, value in parts.items())
+    return f"loss {terms['total']:.3f}" + (f" ({listing})" if len(parts) > 1 else "")
+
+
 class Recorder:
     """Keeps the account of a run; only the first worker has one."""
 
@@ -88,6 +117,7 @@ class Recorder:
         self.trackers = [open_tracker(kind, run, job.stage, job.identity) for kind in job.scale.track]
         self.seconds = self.waited = 0.0
         self.samples = 0
+        self.shown = Pace()
         # In the background: the first batches are being waited for meanwhile.
         load = functools.partial(validation_batches, data, job.validation_places)
         self.validation = ThreadPoolExecutor(1).submit(lambda: list(load()))
@@ -106,7 +136,9 @@ class Recorder:
         if self.progress.done == 0:
             # The wait for the first batch would spoil the rate.
             self.progress.started = self.progress.last = time.monotonic()
-        self.progress.advance(1, f"loss {report.terms['total']:.3f}")
+        else:
+            self.shown.add(report, self.data.order.batch_size)
+        self.progress.advance(1, describe_terms(report.terms) + self.shown.describe())
         if seen is not None:
             self.rows.append(self._row(report, seen))
         if saves:

@@ -1,0 +1,24 @@
+"""What the progress line says of a step."""
+
+import numpy as np
+
+from trainer.loop import StepReport
+from trainer.record import Pace, describe_terms
+
+
+def report(seconds, waited) -> StepReport:
+    return StepReport(1, 0, {"total": 1.0}, 1.0, 0.1, np.zeros(1), waited, seconds)
+
+
+def test_a_loss_is_shown_with_the_terms_it_has():
+    assert describe_terms({"contrastive": 2.5, "total": 2.5}) == "loss 2.500"
+    terms = {"contrastive": 2.0, "image_text": 0.5, "cross": 0.0, "total": 3.5}
+    assert describe_terms(terms) == "loss 3.500 (contrastive 2.000, image_text 0.500)"
+
+
+def test_the_pace_is_of_all_steps_so_far():
+    pace = Pace()
+    assert pace.describe() == ""
+    pace.add(report(1.0, 0.1), 64)
+    pace.add(report(3.0, 0.3), 64)
+    assert pace.describe() == "; 32 samples/s, 10% of the time waiting for data"
