@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-KINDS = {"skip", "local", "python", "s3", "cluster", "teachers", "student"}
+KINDS = {"skip", "local", "paper", "python", "s3", "cluster", "teachers", "student"}
 
 
 def test_every_command_block_says_how_it_is_tested():
