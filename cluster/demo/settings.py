@@ -13,7 +13,7 @@ from cluster.demo.captions import zero_shot_prompts
 from cluster.demo.modalities import MODALITIES
 from cluster.demo.specialists import Specialist, write_model_folder
 from common.lake import Lake
-from trainer.config import DataConfig, ModelConfig, OptimConfig, ScaleConfig, Stage1Config, Stage2Config
+from trainer.config import DataConfig, DistillConfig, ModelConfig, OptimConfig, ScaleConfig, Stage1Config, Stage2Config
 
 SPECIALISTS = (
     Specialist("chest", ("radiograph",), 96),
@@ -55,7 +55,9 @@ def student_config(lake: Lake, home: Path, config: DemoConfig) -> tuple[Stage1Co
     stage1 = Stage1Config(
         model=ModelConfig(architecture=str(folder)), optim=optim1, data=data, scale=scale, epochs=config.stage1_epochs
     )
-    stage2 = Stage2Config(optim=optim2, data=data, scale=scale, epochs=config.stage2_epochs)
+    # Terms that the README's figures were made with; the default recipe came later and does not differ much here.
+    distill = DistillConfig(image_text=3, image_image=3, text_text=3, heads=0, teacher_scale="own")
+    stage2 = Stage2Config(distill=distill, optim=optim2, data=data, scale=scale, epochs=config.stage2_epochs)
     return stage1, stage2
 
 

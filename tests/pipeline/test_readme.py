@@ -102,7 +102,7 @@ def test_the_papers_two_stages(home, environment):
     run("test -d lake/selection || mmkd select lake --set min_skill=0.5", home, environment)
     assert "finds the caption first" in run(f"{align} --set autoencoder.epochs=1", home, environment).lower()
     shown = [run(f"{stage} --print-config", home, environment) for stage in stages]
-    assert all(rate in said for rate, said in zip(("5e-05", "1e-06"), shown, strict=False))
+    assert all(rate in said for rate, said in zip(("lr: 5.0e-05", "lr: 1.0e-06"), shown, strict=False))
     assert "weight_decay: 0.2" in shown[0]
     assert "feature: 50" in shown[1]
 
