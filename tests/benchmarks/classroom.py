@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.config import DemoConfig
+from cluster.demo.captions import GENERIC as DEMO_GENERIC
 from cluster.demo.specialists import Specialist, make_corpus, train_specialist
 from common.config import fingerprint
 from common.images import decode_rgb, fit
@@ -41,17 +42,8 @@ STAGE1_SHARE = 0.25
 
 SPECIFIC = ("{view} showing {label}", "{label} on {view}", "{view} with {label}", "{view} , {label}")
 PROMPTS = SPECIFIC[:2]
-GENERIC = (
-    "figure from the study",
-    "representative image of one patient",
-    "imaging at follow up",
-    "findings before treatment",
-    "a case from our series",
-    "{view} of a patient",
-    "{view} at admission",
-    "{view} from the second group",
-    "{view} , see text for details",
-)
+GENERIC = tuple(text for text in DEMO_GENERIC if not text.startswith("axial"))
+"""The demo's, but for the one that speaks of slices: there are none here."""
 
 
 class Field(NamedTuple):
