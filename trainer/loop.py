@@ -20,9 +20,10 @@ from common.seeding import seed_of
 from trainer.config import OptimConfig
 from trainer.data import Batch, TeacherRows
 from trainer.losses import clip_loss, gather_constant, gather_features
-from trainer.objectives import Objective, Stage1Terms, Stage2Terms, TeacherBatch
+from trainer.objectives import Objective, Stage1Terms, Stage2Terms
 from trainer.optim import learning_rate, set_learning_rate
 from trainer.student import StudentOutput
+from trainer.teacher_vectors import TeacherBatch
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from trainer.config import DataConfig, DistillConfig, SelectConfig, Stage2Config
 from trainer.data import TrainData
 from trainer.feed import local_batches
 from trainer.launch import build_order, find_rows
-from trainer.objectives import DistillObjective, TeacherBatch
+from trainer.objectives import DistillObjective
 from trainer.selection.select import select
 from trainer.selection.stored import choose_selection
 from trainer.stage2 import IMAGE_ENCODER_SCALE, teacher_scales
 from trainer.student import StudentOutput
+from trainer.teacher_vectors import TeacherBatch
 
 TEACHERS = ("alpha", "pixels")
 

@@ -16,11 +16,9 @@ from trainer.objectives import (
     ContrastiveObjective,
     DistillObjective,
     LearnedScale,
-    TeacherBatch,
-    draw_teacher,
-    stored_dims,
 )
 from trainer.student import StudentOutput
+from trainer.teacher_vectors import TeacherBatch, draw_teacher, stored_dims
 
 
 def unit(rows, width, seed):

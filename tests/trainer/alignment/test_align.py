@@ -10,9 +10,10 @@ from trainer.alignment.agreement import describe_agreement, format_agreement
 from trainer.alignment.align import align
 from trainer.alignment.maps import AffineMap, load_alignment
 from trainer.config import AlignConfig, AutoencoderConfig, DistillConfig
-from trainer.objectives import DistillObjective, TeacherBatch
+from trainer.objectives import DistillObjective
 from trainer.stage2 import insist_on_width, teacher_dims
 from trainer.student import StudentOutput
+from trainer.teacher_vectors import TeacherBatch
 from trainer.train_rows import TrainRows
 
 PAPER = AlignConfig(recipe="paper", autoencoder=AutoencoderConfig(latent_dim=16, hidden_dim=24, epochs=4, lr=1e-2))
