@@ -8,7 +8,7 @@ from common.config import StrictModel
 
 
 class DemoConfig(StrictModel):
-    """How large the demo is. The defaults take about six minutes on two cores."""
+    """How large the demo is. The defaults take six to twelve minutes on two cores."""
 
     seed: int = Field(0, description="Another seed draws other pictures and trains other models.")
     image_size: PositiveInt = Field(64, description="Side of the drawn pictures and of all models, in pixels.")
