@@ -29,7 +29,7 @@ from common.lease import hold_all
 from common.logs import Progress, logger
 from common.models.load import read_catalog
 from common.models.spec import ModelSpec
-from common.schemas import SCHEMA_VERSION, SELECTION, features_schema
+from common.schemas import SCHEMA_VERSION, SELECTION, features_schema, vector_type
 from common.storage import Storage, absolute_address
 from extractor.config import IngestConfig
 from extractor.ingest import IngestReport, ingest
@@ -357,7 +357,7 @@ def build_features(
 
 def _masked(vectors: np.ndarray, absent: np.ndarray) -> pa.FixedSizeListArray:
     flat = fixed_rows(vectors).flatten()
-    return pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1], mask=pa.array(absent))
+    return pa.FixedSizeListArray.from_arrays(flat, type=vector_type(vectors.shape[1]), mask=pa.array(absent))
 
 
 def select_present(lake: Lake, identities: Mapping[str, dict[str, Any]]) -> str:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from common.config import differing_keys
 from common.errors import ModelError
 from common.models.load import load_model
-from common.schemas import features_schema
+from common.schemas import features_schema, vector_type
 from extractor.events import EmbedFacts
 from extractor.prepare import KILLS, SECONDS, VIEW_BOXES, TeacherInput, restrict_like, rows_of, single_chunk
 
@@ -194,9 +194,9 @@ def _why(tower: str, norm: float, failure: str | None) -> tuple[str, str]:
 
 def _column(vectors: np.ndarray, good: np.ndarray) -> pa.FixedSizeListArray:
     flat = np.where(good[:, None], vectors, 0).astype(np.float32).reshape(-1)
-    return pa.FixedSizeListArray.from_arrays(pa.array(flat), vectors.shape[1], mask=pa.array(~good))
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat), type=vector_type(vectors.shape[1]), mask=pa.array(~good))
 
 
 def _absent(rows: int) -> tuple[pa.Array, pa.Array]:
     """Columns of a tower the teacher does not have."""
-    return pa.nulls(rows, pa.list_(pa.float32(), 1)), pa.nulls(rows, pa.float32())
+    return pa.nulls(rows, vector_type(None)), pa.nulls(rows, pa.float32())

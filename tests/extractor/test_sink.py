@@ -15,7 +15,7 @@ from embedded import embed, features_of, identity_of, vector_column, with_a_flip
 from common.config import fingerprint
 from common.errors import LakeError
 from common.lake import Lake, open_lake, shard_name
-from common.schemas import PAIRS
+from common.schemas import PAIRS, SCHEMA_VERSION
 from extractor.sink import find_valid, record_valid, survey_pairs, write_features
 from extractor.tending.ledger import PAIRS_LEDGER
 
@@ -68,7 +68,7 @@ def test_the_footer_says_who_made_the_file_and_what_it_holds(lake):
     said = {key.decode(): value.decode() for key, value in pq.read_schema(feature_file(lake, 0)).metadata.items()}
     ids = lake.read_pairs(0)["sample_id"].to_pylist()
     assert said["mmkd.fingerprint"] == fingerprint(IDENTITY)
-    assert said["mmkd.schema_version"] == "1"
+    assert said["mmkd.schema_version"] == str(SCHEMA_VERSION)
     assert said["mmkd.samples"] == hashlib.sha256("\n".join(ids).encode()).hexdigest()
     assert re.fullmatch("[0-9a-f]{64}", said["mmkd.content"])
 

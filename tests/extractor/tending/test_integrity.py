@@ -33,8 +33,9 @@ def with_vectors(table: pa.Table, name: str, change) -> pa.Table:
     column = table[name].combine_chunks()
     filled = column.values.to_numpy().copy().reshape(len(column), -1)
     change(filled)
-    array = pa.FixedSizeListArray.from_arrays(pa.array(filled.reshape(-1)), filled.shape[1], mask=column.is_null())
-    return table.set_column(table.column_names.index(name), table.schema.field(name), array)
+    field = table.schema.field(name)
+    array = pa.FixedSizeListArray.from_arrays(pa.array(filled.reshape(-1)), type=field.type, mask=column.is_null())
+    return table.set_column(table.column_names.index(name), field, array)
 
 
 def test_the_samples_hash_is_of_the_ids_joined_by_newlines(table):
