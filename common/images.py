@@ -7,6 +7,7 @@ import struct
 import threading
 import warnings
 import zlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,8 +29,8 @@ _DECODER_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError),
     *(RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
 )
-Resized = dict[tuple[tuple[int, int], Image.Resampling], Image.Image]
-"""Width and height, and filter -> one picture at that size."""
+Resize = Callable[[Image.Image, tuple[int, int], Image.Resampling], Image.Image]
+"""Makes a picture so wide and high, through a filter."""
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _ORIENTATION_TAG = 0x0112
@@ -96,7 +97,24 @@ def _draft_size(size: tuple[int, int], least_side: int) -> tuple[int, int]:
     return (least_side, least_side) if scale >= 1 else (int(size[0] * scale), int(size[1] * scale))
 
 
-def fit(image: Image.Image, geometry: Geometry, resized: Resized | None = None) -> np.ndarray:
+def pillow_resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    """Resize as every CLIP's own code does."""
+    return image.resize(size, resample)
+
+
+def each_once(resize: Resize) -> Resize:
+    """For the geometries of one picture: those that want the same size share it. A square is the same to most."""
+    made: dict[tuple[tuple[int, int], Image.Resampling], Image.Image] = {}
+
+    def shared(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+        if (size, resample) not in made:
+            made[size, resample] = resize(image, size, resample)
+        return made[size, resample]
+
+    return shared
+
+
+def fit(image: Image.Image, geometry: Geometry, resize: Resize = pillow_resize) -> np.ndarray:
     """Resize and crop an upright RGB picture exactly as open_clip (or transformers, or MedCLIP) would.
 
     Only strips longer than ``LONGEST_STRIP`` times their width may differ, in the last bit of a few pixels, and padded
@@ -105,20 +123,20 @@ def fit(image: Image.Image, geometry: Geometry, resized: Resized | None = None) 
     Args:
         image: The picture.
         geometry: What to make of it.
-        resized: Of the same picture, from calls for other geometries: those that want the same size share it.
+        resize: Another way to resize. Gray and padded squares are resized by Pillow all the same.
 
     Returns:
         uint8 [size, size, channels]
     """
     if geometry.colour == "gray":
-        return _square(image.convert("L"), geometry, None)[:, :, None]
-    return _square(image, geometry, resized)
+        return _square(image.convert("L"), geometry, pillow_resize)[:, :, None]
+    return _square(image, geometry, resize)
 
 
-def _square(image: Image.Image, geometry: Geometry, resized: Resized | None) -> np.ndarray:
+def _square(image: Image.Image, geometry: Geometry, resize: Resize) -> np.ndarray:
     size, resample = geometry.size, Image.Resampling[geometry.interpolation.upper()]
     if geometry.resize == "squash":
-        return np.array(_resize(image, (size, size), resample, resized))
+        return np.array(resize(image, (size, size), resample))
     if geometry.resize == "pad-square":
         return _padded_first(image, size, resample)
     if geometry.resize == "longest":
@@ -126,7 +144,7 @@ def _square(image: Image.Image, geometry: Geometry, resized: Resized | None) -> 
         # Divided twice, as open_clip does: multiplying by size / longest rounds differently.
         width, height = (max(1, round(side / (longest / size))) for side in image.size)
         square = Image.new(image.mode, (size, size))
-        whole = _resize(image, (width, height), resample, resized)
+        whole = resize(image, (width, height), resample)
         square.paste(whole, ((size - width) // 2, (size - height) // 2))
         return np.array(square)
     width, height = _shortest(image.size, max(size, geometry.resize_to or size))
@@ -135,20 +153,8 @@ def _square(image: Image.Image, geometry: Geometry, resized: Resized | None) -> 
         scale_x, scale_y = image.width / width, image.height / height
         box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
         return np.array(image.resize((size, size), resample, box=box))
-    whole = _resize(image, (width, height), resample, resized)
+    whole = resize(image, (width, height), resample)
     return np.array(whole.crop((left, top, left + size, top + size)))
-
-
-def _resize(
-    image: Image.Image, size: tuple[int, int], resample: Image.Resampling, resized: Resized | None
-) -> Image.Image:
-    """Resizing is most of the work: geometries that want the same size share it. A square is the same to most."""
-    key = (size, resample)
-    if resized is None:
-        return image.resize(size, resample)
-    if key not in resized:
-        resized[key] = image.resize(size, resample)
-    return resized[key]
 
 
 def _padded_first(image: Image.Image, size: int, resample: Image.Resampling) -> np.ndarray:

@@ -6,19 +6,21 @@ failed. Like the child of :mod:`common.sandbox` it has a bare environment and a 
 
 from __future__ import annotations
 
+import functools
 import json
 import mmap
 import os
 import signal
 import socket
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from common.images import Resized, UndecodableImageError, decode_rgb, fit
+from common.images import Resize, UndecodableImageError, decode_rgb, each_once, fit, pillow_resize
 from common.sandbox import ALARM_GRACE_SECONDS, limit_process
 from common.views import cut_view
 
@@ -49,8 +51,10 @@ def serve(connection: socket.socket, max_pixels: int, max_seconds: float, max_me
             mmap.mmap(encoded.fileno(), 0, access=mmap.ACCESS_READ) as source,
             mmap.mmap(pixels.fileno(), 0) as target,
         ):
-            _limit_beyond(max_memory_mib, len(source) + len(target))
-            decode_rows(connection, json.loads(message), source, target, max_pixels, max_seconds)
+            request = json.loads(message)
+            library_bytes = _load_fast_resize() if request["fast_resize"] else 0
+            _limit_beyond(max_memory_mib, len(source) + len(target) + library_bytes)
+            decode_rows(connection, request, source, target, max_pixels, max_seconds)
         say(connection, {"done": True})
 
 
@@ -82,13 +86,13 @@ def decode_rows(
         signal.setitimer(signal.ITIMER_REAL, max_seconds + ALARM_GRACE_SECONDS)
         try:
             image = decode_rgb(source[body + offsets[row] : body + offsets[row + 1]], max_pixels, request["least_side"])
-            resized: Resized = {}
+            resize = _resize_of_one(request["fast_resize"])
             for geometry, pixels, _ in squares:
-                pixels[row] = fit(image, geometry, resized)  # type: ignore[arg-type]  # has the attributes that fit reads
+                pixels[row] = fit(image, geometry, resize)  # type: ignore[arg-type]  # has the attributes that fit reads
             for view in range(views):
-                cut, resized = cut_view(image, boxes[row, view]), {}
+                cut, resize = cut_view(image, boxes[row, view]), _resize_of_one(request["fast_resize"])
                 for geometry, _, view_pixels in squares:
-                    view_pixels[row, view] = fit(cut, geometry, resized)  # type: ignore[arg-type]
+                    view_pixels[row, view] = fit(cut, geometry, resize)  # type: ignore[arg-type]
         except UndecodableImageError as error:
             say(connection, {"row": row, "reason": error.reason, "detail": error.detail[:500]})
         except MemoryError:
@@ -103,12 +107,39 @@ def _places(target: mmap.mmap, item: dict[str, Any], rows: int, views: int) -> t
     return whole[:count].reshape(rows, *shape), whole[count:].reshape(rows, views, *shape)
 
 
-def _limit_beyond(max_memory_mib: int, mapped: int) -> None:
-    """The bound is for decoding; the shard's own pictures and pixels, which are mapped here, come on top."""
+def _resize_of_one(fast: bool) -> Resize:
+    if not fast:
+        return each_once(pillow_resize)
+    from extractor.tensor_resize import TensorResize
+
+    return each_once(TensorResize())
+
+
+@functools.cache
+def _load_fast_resize() -> int:
+    """Import torch, once; the bytes of address space that it takes, most of which are never touched."""
+    if not sys.platform.startswith("linux"):
+        return 0
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))  # an earlier request's limit leaves no room
+    before = _address_space()
+    import extractor.tensor_resize  # noqa: F401
+
+    return _address_space() - before
+
+
+def _address_space() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+
+
+def _limit_beyond(max_memory_mib: int, beyond: int) -> None:
+    """The bound is for decoding; libraries and the shard's own pictures and pixels, mapped here, come on top."""
     if sys.platform.startswith("linux"):
         import resource
 
-        soft = (max_memory_mib << 20) + mapped
+        soft = (max_memory_mib << 20) + beyond
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]  # of the shell or the container; it cannot be raised
         resource.setrlimit(resource.RLIMIT_AS, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 

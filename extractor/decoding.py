@@ -81,6 +81,7 @@ class PictureDecoder:
         geometries: Sequence[Geometry],
         boxes: np.ndarray | None = None,
         least_side: int | None = None,
+        fast_resize: bool = False,
     ) -> DecodedPictures:
         """Decode every picture once and fit it to every geometry.
 
@@ -92,12 +93,14 @@ class PictureDecoder:
             geometries: Distinct ones.
             boxes: float32 [N, views, 4] of :func:`common.views.view_boxes`; None: no views.
             least_side: See :func:`common.images.decode_rgb`.
+            fast_resize: By :class:`extractor.tensor_resize.TensorResize`.
 
         Raises:
             OSError: No child process can be started, or it cannot even read what is asked of it.
         """
         rows, views = len(encoded), 0 if boxes is None else boxes.shape[1]
-        request, size = _lay_out(rows, views, geometries, least_side)
+        request, size = _lay_out(rows, views, geometries)
+        request |= {"least_side": least_side, "fast_resize": fast_resize}
         target_file = _shared_file(size)
         target = mmap.mmap(target_file.fileno(), size)
         done = DecodedPictures(*_arrays(target, request, geometries))
@@ -239,9 +242,7 @@ class PictureDecoder:
         return f"the process ended with signal {-code}" if code < 0 else f"the process ended with status {code}"
 
 
-def _lay_out(
-    rows: int, views: int, geometries: Sequence[Geometry], least_side: int | None
-) -> tuple[dict[str, Any], int]:
+def _lay_out(rows: int, views: int, geometries: Sequence[Geometry]) -> tuple[dict[str, Any], int]:
     """The request, and the bytes its pixels take: a header, then for each geometry all pictures and all views."""
     offset, squares = HEADER, []
     for geometry in geometries:
@@ -249,7 +250,7 @@ def _lay_out(
         squares.append({"geometry": geometry.model_dump(), "shape": shape, "offset": offset})
         offset += rows * (1 + views) * int(np.prod(shape))
         offset += -offset % _ALIGNMENT
-    return {"rows": rows, "views": views, "least_side": least_side, "squares": squares}, offset
+    return {"rows": rows, "views": views, "squares": squares}, offset
 
 
 def _arrays(

@@ -18,7 +18,7 @@ from common.models.dual_encoder import Tokenize
 from common.models.load import load_tokenizer
 from common.models.spec import Geometry, ModelDescription, ModelSpec
 from common.views import view_boxes
-from extractor.config import DecodeLimits, ViewsConfig
+from extractor.config import DecodeLimits, DecodeMode, ViewsConfig
 from extractor.decoding import PictureDecoder
 
 SCALED_MARGIN = 2
@@ -102,7 +102,7 @@ class Prepare:
         inputs: Every teacher of the run, by name.
         todo: Shard -> names of the teachers that still lack it.
         views: Augmented views beside the clean picture.
-        decode: ``scaled`` decodes large JPEGs at a fraction of their size.
+        decode: ``fast`` resizes by torch, ``scaled`` also decodes large JPEGs at a fraction of their size.
         limits: What one picture may cost.
     """
 
@@ -112,7 +112,7 @@ class Prepare:
         inputs: dict[str, TeacherInput],
         todo: dict[int, tuple[str, ...]],
         views: ViewsConfig | None = None,
-        decode: Literal["exact", "scaled"] = "exact",
+        decode: DecodeMode = "exact",
         limits: DecodeLimits | None = None,
     ) -> None:
         self.lake = Lake(lake_uri)
@@ -168,7 +168,7 @@ class Prepare:
         decoder = _DECODERS[self.limits]
         distinct = list(geometries.values())
         least_side = scaled_side(distinct, self.views) if self.decode == "scaled" else None
-        return prepare_images(decoder, pairs["image"], distinct, boxes, least_side)
+        return prepare_images(decoder, pairs["image"], distinct, boxes, least_side, self.decode != "exact")
 
     def _tokenise(self, item: TeacherInput, captions: list[list[str]]) -> dict[str, pa.Array]:
         if item.tokens not in _TOKENIZERS:
@@ -198,6 +198,7 @@ def prepare_images(
     geometries: Sequence[Geometry],
     boxes: np.ndarray | None = None,
     least_side: int | None = None,
+    fast_resize: bool = False,
 ) -> dict[str, pa.Array]:
     """Decode each image once and fit it to every distinct geometry.
 
@@ -205,7 +206,7 @@ def prepare_images(
         ``image_error`` (null where the image decoded) and one uint8 column per geometry; a failed row is black. With
         ``boxes``, ``view_boxes`` and one list column of views per geometry too.
     """
-    decoded = decoder.decode(images, geometries, boxes, least_side)
+    decoded = decoder.decode(images, geometries, boxes, least_side, fast_resize)
     rows = len(images)
     errors = [": ".join(decoded.errors[row]) if row in decoded.errors else None for row in range(rows)]
     columns: dict[str, pa.Array] = {"image_error": pa.array(errors, pa.string())}

@@ -69,6 +69,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Comparison]
         "Pillow and torchvision": lambda: pillow_and_torchvision(jpegs),
         "torchvision without Pillow": lambda: torchvision_tensors(jpegs),
         "prepare, scaled": prepared(lake, teacher, "scaled"),
+        "prepare, fast": prepared(lake, teacher, "fast"),
         "prepare": prepared(lake, teacher, "exact"),
     }
     exact = ways["Pillow and torchvision"]().astype(int)

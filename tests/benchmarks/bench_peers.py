@@ -25,7 +25,9 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Comparison]
         "settings": settings,
         "pass_rows": PASS_ROWS,
     }
-    results = compare_rates(f"{number} teachers off one decode against one pass each", "passes", order, options, TARGET)
+    title = f"{number} teachers off one decode against one pass each"
+    variants = {"extract, decode=fast": {**order, "settings": {**settings, "decode": "fast"}}}
+    results = compare_rates(title, "passes", order, options, TARGET, variants)
     described = f"{number} tiny teachers, {options.rows} rows in shards of {SHARD_ROWS}"
     return results, f"{described}, settings {settings or 'default'}"
 

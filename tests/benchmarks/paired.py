@@ -147,18 +147,29 @@ def in_turn(runs: int, ways: dict[str, Callable[[], None]]) -> None:
 
 
 def compare_rates(
-    title: str, baseline: str, order: dict[str, object], options: argparse.Namespace, target: float
+    title: str,
+    baseline: str,
+    order: dict[str, object],
+    options: argparse.Namespace,
+    target: float,
+    variants: dict[str, dict[str, object]] | None = None,
 ) -> list[Comparison]:
-    """A baseline of :mod:`ways` and extract in turn, by the clock and by the CPU time that all processes take."""
+    """A baseline of :mod:`ways` and extract in turn, by the clock and by the CPU time that all processes take.
+
+    ``variants`` are orders for extract with other settings, by the names they get; the target is for ``order``'s.
+    """
     by_clock = Comparison(title, "rows/s", target)
     by_work = Comparison(title, "rows per CPU second of all processes")
 
-    def measure(way: str) -> None:
+    def measure(name: str, way: str, order: dict[str, object]) -> None:
         found = run_way(way, order)
-        by_clock.add(way, found["per_second"])
-        by_work.add(way, found["per_cpu_second"])
+        by_clock.add(name, found["per_second"])
+        by_work.add(name, found["per_cpu_second"])
 
-    in_turn(options.runs, {way: partial(measure, way) for way in (baseline, "extract")})
+    ways = {baseline: partial(measure, baseline, baseline, order)}
+    for name, its_order in {**(variants or {}), "extract": order}.items():
+        ways[name] = partial(measure, name, "extract", its_order)
+    in_turn(options.runs, ways)
     return [by_clock, by_work]
 
 

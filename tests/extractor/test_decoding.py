@@ -159,3 +159,34 @@ def test_pictures_that_are_small_already_are_never_scaled(decoder):
     files = column(*(picture(seed, 100, 90, "JPEG") for seed in range(3)))
     exact, scaled = decoder.decode(files, [GRAY]), decoder.decode(files, [GRAY], least_side=2 * 48)
     assert (exact.pixels[GRAY.key] == scaled.pixels[GRAY.key]).all()
+
+
+def test_fast_decoding_of_photographs_differs_in_the_last_bits(shared_data, decoder):
+    files = sorted((shared_data / "mmkd-demo" / "imgs").glob("*.jp*g"))
+    geometries = [Geometry(), Geometry(resize="longest"), Geometry(size=336, interpolation="bilinear")]
+    encoded = column(*(file.read_bytes() for file in files))
+    exact, fast = decoder.decode(encoded, geometries), decoder.decode(encoded, geometries, fast_resize=True)
+    assert not fast.errors
+    for key, pixels in exact.pixels.items():
+        apart = np.abs(pixels.astype(int) - fast.pixels[key])
+        assert 0 < (apart > 0).mean() < 0.01
+        assert apart.max() <= 2
+    again = decoder.decode(encoded, geometries)  # the same child goes on exactly
+    assert all((again.pixels[key] == pixels).all() for key, pixels in exact.pixels.items())
+
+
+def test_fast_views_are_of_the_same_crops(decoder):
+    files = [picture(seed) for seed in range(3)]
+    boxes = np.stack([view_boxes(str(row), 2, 0.4, 0) for row in range(3)])
+    exact = decoder.decode(column(*files), [SMALL, GRAY], boxes).view_pixels
+    fast = decoder.decode(column(*files), [SMALL, GRAY], boxes, fast_resize=True).view_pixels
+    assert np.abs(exact[SMALL.key].astype(int) - fast[SMALL.key]).max() <= 2
+    assert (exact[GRAY.key] == fast[GRAY.key]).all()  # Pillow's
+
+
+def test_the_memory_limit_holds_for_fast_decoding_though_torch_is_large():
+    decoder = PictureDecoder(DecodeLimits(max_memory_mib=400, max_pixels=200_000_000))
+    decoded = decoder.decode(column(picture(1), slow_picture(), picture(2)), [SMALL], fast_resize=True)
+    assert {row: reason for row, (reason, _) in decoded.errors.items()} == {1: "decoder out of memory"}
+    assert decoded.pixels[SMALL.key][[0, 2]].any(axis=(1, 2, 3)).all()
+    decoder.close()

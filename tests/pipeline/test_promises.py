@@ -127,6 +127,7 @@ def test_promise_05_other_producers_are_refused(make_lake, small_teachers, ray_l
     for config, key in (
         (settings(moved), "weights_sha256"),
         (settings(small_teachers, "a", decode="scaled"), "decode"),
+        (settings(small_teachers, "a", decode="fast"), "decode"),
         (settings(small_teachers, "a", towers="image"), "text_dim"),
         (settings(small_teachers, "a", views=ViewsConfig(count=1)), "views"),
     ):
@@ -134,7 +135,13 @@ def test_promise_05_other_producers_are_refused(make_lake, small_teachers, ray_l
             extract(lake.uri, config)
     both = extract(lake.uri, settings(moved, teacher_version="new"))
     assert both.shards == 1
-    assert lake.teachers() == ["a", "a.new"]
+    extract(lake.uri, settings(small_teachers, "a", teacher_version="fast", decode="fast"))
+    assert lake.teachers() == ["a", "a.fast", "a.new"]
+    exact, fast = embeddings(lake, "a"), embeddings(lake, "a.fast")
+    assert exact["text_embedding"].equals(fast["text_embedding"])
+    vectors = [np.stack(table["image_embedding"].to_numpy()).astype(np.float32) for table in (exact, fast)]
+    assert not (vectors[0] == vectors[1]).all()
+    assert (vectors[0] * vectors[1]).sum(-1).min() > 0.999
     other = make_lake(tmp_path / "other", rows=7)
     lake.storage.write_bytes(f"pairs/{shard_name(0)}", other.storage.read_bytes(f"pairs/{shard_name(0)}"))
     with pytest.raises(LakeError, match="pairs were replaced"):
