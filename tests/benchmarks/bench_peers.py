@@ -33,7 +33,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Comparison]
 
 
 if __name__ == "__main__":
-    arguments = parser(__doc__ or "", rows=6144)
+    arguments = parser(__doc__ or "", rows=12288)
     arguments.add_argument("--teachers", type=int, default=9, help="how many (at most 9)")
     arguments.add_argument("--settings", default="{}", help='of ExtractConfig, as JSON: {"hardware": {"threads": 2}}')
     chosen = arguments.parse_args()

@@ -75,7 +75,7 @@ def run_seed(seed: int, options: argparse.Namespace) -> dict[str, dict[str, tupl
     found = {}
     with tempfile.TemporaryDirectory(prefix=f"mmkd-students-{seed}-", dir=options.work) as folder:
         os.environ["MMKD_CACHE"] = f"{folder}/cache"
-        room = prepare_room(Path(folder), options.data, seed)
+        room = prepare_room(Path(folder), options.data, seed, options.student_share)
         pictures = room.parts["val" if options.choose else "test"]
 
         def note(name: str, model: object) -> None:
@@ -223,7 +223,25 @@ def summarise(found: list[dict], options: argparse.Namespace) -> str:
         low, high = np.percentile(pooled(differences)[1] * 100, [2.5, 97.5])
         listing = ", ".join(f"{points:+.1f}" for points in by_seed)
         lines.append(f"| {mine} less {rival} | {np.mean(by_seed):+.1f} [{low:+.1f}, {high:+.1f}] | {listing} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *against_specialists(found)])
+
+
+def against_specialists(found: list[dict]) -> list[str]:
+    """In each modality, the default less the teacher that is best there."""
+    from classroom import FIELDS
+
+    if "default" not in found[0]:
+        return []
+    lines = ["", "| default less the best teacher, in | points | by seed |", "| --- | --- | --- |"]
+    for modality in FIELDS:
+        teachers = [name for name in found[0] if name.startswith("teacher")]
+        best = max(teachers, key=lambda name: np.mean([one[name][modality][0] for one in found]))
+        pairs = [(of_column(one["default"], modality), of_column(one[best], modality)) for one in found]
+        value, resampled = pooled([(mine[0] - its[0], mine[1] - its[1]) for mine, its in pairs])
+        low, high = np.percentile(100 * resampled, [2.5, 97.5])
+        listing = ", ".join(f"{100 * (mine[0] - its[0]):+.1f}" for mine, its in pairs)
+        lines.append(f"| {modality} ({best}) | {100 * value:+.1f} [{low:+.1f}, {high:+.1f}] | {listing} |")
+    return lines
 
 
 def of_column(scores: dict, column: str) -> tuple[float, np.ndarray]:
@@ -245,11 +263,16 @@ def pooled(by_seed: list[tuple[float, np.ndarray]]) -> tuple[float, np.ndarray]:
 
 def main() -> None:
     """Run the seeds, print the table, and record it if asked."""
+    from classroom import STUDENT_SHARE
+
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one table over all of them")
     made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="seeds at once (default: cores)")
     made.add_argument("--steps", type=int, default=STEPS, help=f"of stage 2 (default {STEPS})")
     made.add_argument("--recipes", nargs="+", help="only these")
+    made.add_argument(
+        "--student-share", type=float, default=STUDENT_SHARE, help="of the train pictures (0.85: all that teachers see)"
+    )
     made.add_argument("--choose", action="store_true", help="score candidates on the validation part")
     made.add_argument("--data", type=Path, default=default_data(), help="the shared data")
     made.add_argument("--work", type=Path, help="folder for lakes and models (default: the temporary one)")

@@ -35,8 +35,8 @@ from trainer.student import Student
 SIZE = 32
 SHARD_ROWS = 512
 GENERIC_SHARE = 0.7
-PARTS = {"val": 0.15, "student": 0.45}
-"""Shares of a set's train split; the rest only its specialist sees."""
+VAL_SHARE, STUDENT_SHARE = 0.15, 0.45
+"""Of a set's train split; the rest only its specialist sees."""
 STAGE1_SHARE = 0.25
 """Of the student's pairs, for stage 1."""
 
@@ -143,13 +143,15 @@ def read_pictures(data: Path) -> dict[str, list[tuple[str, Picture]]]:
     return found
 
 
-def share_out(pictures: dict[str, list[tuple[str, Picture]]], seed: int) -> dict[str, list[Picture]]:
+def share_out(
+    pictures: dict[str, list[tuple[str, Picture]]], seed: int, student_share: float = STUDENT_SHARE
+) -> dict[str, list[Picture]]:
     """Deal the train pictures to val, the student and the specialists, groups together."""
     parts: dict[str, list[Picture]] = {"val": [], "student": [], "teachers": [], "test": []}
     parts["test"] = [picture for _, picture in pictures["test"]]
     for group, picture in pictures["train"]:
         draw = rng(seed, "part", picture.modality, group).random()
-        bounds = np.cumsum(list(PARTS.values()))
+        bounds = np.cumsum([VAL_SHARE, student_share])
         parts[("val", "student", "teachers")[int(np.searchsorted(bounds, draw, side="right"))]].append(picture)
     return parts
 
@@ -179,11 +181,11 @@ def every_caption() -> list[str]:
     ]
 
 
-def prepare_room(folder: Path, data: Path, seed: int) -> Room:
+def prepare_room(folder: Path, data: Path, seed: int, student_share: float = STUDENT_SHARE) -> Room:
     """Train the specialists, let them embed the student's pairs, and write the lakes, without selection."""
     from cluster.demo.specialists import write_model_folder
 
-    parts = share_out(read_pictures(data), seed)
+    parts = share_out(read_pictures(data), seed, student_share)
     settings = DemoConfig(seed=seed, image_size=SIZE, teacher_steps=300, teacher_batch=64)
     for modality, field in FIELDS.items():
         mine = [p for part in ("student", "teachers") for p in parts[part] if p.modality == modality]
