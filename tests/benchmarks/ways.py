@@ -21,6 +21,8 @@ from watch import CpuMeter, MemoryWatch, store_statistics
 
 CORES = os.cpu_count() or 1
 CHUNKS_AHEAD = 3
+STEADY = 0.9
+"""The last commits must come at this share of the rate that counts, or much of it was prepared before."""
 
 
 Answer = dict[str, float]
@@ -58,12 +60,12 @@ def extract_way(order: Order) -> Answer:
         _extract_anew(order)
         commits = _commits(order)
     times, rows = (np.array(column[len(column) // 2 :]) for column in zip(*commits, strict=True))
-    start, second_half = commits[0][0] - started, times[-1] - times[0]
-    if second_half < start:
+    start, last = commits[0][0] - started, max(0, min(len(times) // 2, len(times) - 2))
+    whole, late = np.polyfit(times, rows, 1)[0], np.polyfit(times[last:], rows[last:], 1)[0]
+    if late < STEADY * whole:
         print(
-            f"WARNING: the second half of the commits took {second_half:.0f} s, the start {start:.0f} s: so much may "
-            "be prepared during the start that the rate of extract is flattered. Raise --rows, or wait for an idle "
-            "machine."
+            f"WARNING: extract stored {whole:.1f} rows/s in the second half of its commits, but {late:.1f} in the "
+            "last quarter: what was prepared during the start flatters it, or the machine is not idle. Raise --rows."
         )
     cpu = np.array([meter.seconds_at(moment) for moment in times])
     return {
