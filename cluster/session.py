@@ -14,6 +14,7 @@ from common.logs import logger
 
 # Decode tasks and training workers are counted in whole CPUs; a small machine still needs room for both kinds.
 MIN_LOGICAL_CPUS = 4
+IDLE_WORKER_LIFE_MS = "600000"
 
 
 @contextmanager
@@ -32,6 +33,9 @@ def ray_session(num_gpus: int | None = None) -> Iterator[None]:
     # Set before Ray is imported: it reads them then.
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # For the raylet of a local Ray: it ends workers that were idle for a second when there are more of them than free
+    # CPUs. Extraction leaves none free, so each shard's write, and a prepare that had to wait, would start Python anew.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", IDLE_WORKER_LIFE_MS)
     # Advice about pools that are larger than a small lake needs, and about progress bars we switch off.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\.data\..*")
     for name in ("ray.data._internal.progress", "ray._private.authentication"):

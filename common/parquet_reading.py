@@ -115,6 +115,8 @@ def read_columns(
 ) -> pa.Table:
     """Columns of some row groups of a Parquet file; all of either where None.
 
+    In the caller's thread: a task has one core, and Arrow's threads and its reading ahead only add to the work.
+
     Args:
         storage: Where the file lies.
         relative: Its path there.
@@ -132,10 +134,10 @@ def read_columns(
         try:
             with (
                 pa.OSFile(storage.path(relative)) as local,
-                pq.ParquetFile(local, metadata=footer, pre_buffer=True) as file,
+                pq.ParquetFile(local, metadata=footer, pre_buffer=False) as file,
             ):
                 _insist_on(columns, file.metadata, relative)
-                return file.read_row_groups(_groups(file.metadata, groups), columns)
+                return file.read_row_groups(_groups(file.metadata, groups), columns, use_threads=False)
         except OSError as error:
             if error.errno is None:  # Arrow's own, about the content
                 raise
@@ -147,6 +149,11 @@ def read_columns(
     source.fetch(_chunks(footer, columns, _groups(footer, groups)))
     with pq.ParquetFile(source, metadata=footer, pre_buffer=False) as file:
         return file.read_row_groups(_groups(footer, groups), columns, use_threads=False)
+
+
+def single_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """A column in one piece; ``combine_chunks`` would copy it even if it is one already."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _insist_on(columns: list[str] | None, footer: pq.FileMetaData, relative: str) -> None:

@@ -29,12 +29,13 @@ from common.lease import hold_all
 from common.logs import Progress, logger
 from common.models.load import read_catalog
 from common.models.spec import ModelSpec
+from common.parquet_reading import single_chunk
 from common.schemas import SCHEMA_VERSION, SELECTION, features_schema, vector_type
 from common.storage import Storage, absolute_address
 from extractor.config import IngestConfig
 from extractor.ingest import IngestReport, ingest
 from extractor.partitions import STORED_PRECISION, manifest_of, plan_todo
-from extractor.prepare import fixed_rows, single_chunk
+from extractor.prepare import fixed_rows
 from extractor.sink import record_valid, survey_pairs, write_features
 from extractor.sources.addresses import base_name, short_name
 from extractor.sources.lines import open_lines

@@ -17,6 +17,7 @@ from common.lake import Lake
 from common.models.dual_encoder import Tokenize
 from common.models.load import load_tokenizer
 from common.models.spec import Geometry, ModelDescription, ModelSpec
+from common.parquet_reading import single_chunk
 from common.views import view_boxes
 from extractor.config import DecodeLimits, DecodeMode, ViewsConfig
 from extractor.decoding import PictureDecoder
@@ -233,8 +234,3 @@ def rows_of(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     array = single_chunk(column) if isinstance(column, pa.ChunkedArray) else column
     width = array.type.list_size
     return np.asarray(array.flatten().to_numpy(zero_copy_only=True)).reshape(-1, width)
-
-
-def single_chunk(column: pa.ChunkedArray) -> pa.Array:
-    """A column in one piece; ``combine_chunks`` would copy it even if it is one already."""
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

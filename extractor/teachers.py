@@ -14,9 +14,10 @@ import pyarrow as pa
 from common.config import differing_keys
 from common.errors import ModelError
 from common.models.load import load_model
+from common.parquet_reading import single_chunk
 from common.schemas import features_schema, vector_type
 from extractor.events import EmbedFacts
-from extractor.prepare import KILLS, SECONDS, VIEW_BOXES, TeacherInput, restrict_like, rows_of, single_chunk
+from extractor.prepare import KILLS, SECONDS, VIEW_BOXES, TeacherInput, restrict_like, rows_of
 
 if TYPE_CHECKING:  # the driver imports this file to place teachers elsewhere, and needs no torch for it
     import torch

@@ -19,6 +19,7 @@ import pyarrow as pa
 from common.errors import LakeError
 from common.images import UndecodableImageError, decode_rgb, fit
 from common.lake import Lake, check_same_samples, shard_name
+from common.parquet_reading import single_chunk
 from common.seeding import rng
 from common.views import cut_view, view_boxes
 from trainer.architecture import Architecture, load_tokenizer
@@ -128,9 +129,9 @@ def read_shard(data: TrainData, lake: Lake, shard: int) -> pa.Table:
             ) from error
         check_same_samples(features, pairs, f"{data.lake_uri}/{lake.features_folder(teacher)}/{shard_name(shard)}")
         for column in columns[1:]:
-            joined = joined.append_column(f"{teacher}/{column}", features[column].combine_chunks())
+            joined = joined.append_column(f"{teacher}/{column}", single_chunk(features[column]))
         selection = read_selection(lake, str(data.selection), teacher, shard, pairs)
-        joined = joined.append_column(f"{teacher}/admitted", selection["admitted"].combine_chunks())
+        joined = joined.append_column(f"{teacher}/admitted", single_chunk(selection["admitted"]))
     return joined
 
 
@@ -208,11 +209,11 @@ def teacher_columns(
         view_B: For each row, which of its stored crops; None for the whole picture.
     """
     if view_B is not None and f"{teacher}/view_embeddings" in table.column_names:
-        image_BT, has_image_B = _views(table[f"{teacher}/view_embeddings"].combine_chunks(), view_B)
+        image_BT, has_image_B = _views(single_chunk(table[f"{teacher}/view_embeddings"]), view_B)
     else:
-        image_BT, has_image_B = _vectors(table[f"{teacher}/image_embedding"].combine_chunks())
-    text_BT, has_text_B = _vectors(table[f"{teacher}/text_embedding"].combine_chunks())
-    extra = table[f"{teacher}/extra_text_embeddings"].combine_chunks()
+        image_BT, has_image_B = _vectors(single_chunk(table[f"{teacher}/image_embedding"]))
+    text_BT, has_text_B = _vectors(single_chunk(table[f"{teacher}/text_embedding"]))
+    extra = single_chunk(table[f"{teacher}/extra_text_embeddings"])
     others = np.flatnonzero(drawn > 0)
     if len(others):
         offsets, counts = extra.offsets.to_numpy(), extra.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
@@ -353,7 +354,7 @@ def _to_arrow(values: np.ndarray) -> pa.Array:
 
 def _to_numpy(table: pa.Table, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
     """The inverse of :func:`_to_arrow`."""
-    column = table[name].combine_chunks()
+    column = single_chunk(table[name])
     if not pa.types.is_fixed_size_list(column.type):
         return column.to_numpy(zero_copy_only=False)
     return column.flatten().to_numpy().reshape(table.num_rows, *(shape or (column.type.list_size,)))

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from common.config import fingerprint
 from common.listing import Place
+from common.parquet_reading import single_chunk
 from common.schemas import features_schema
 from common.shard_files import UNREADABLE, DamagedFileError, ShardFacts, ShardFile
 from common.storage import Storage
@@ -48,7 +49,7 @@ def content_hash(table: pa.Table) -> str:
     digest = hashlib.sha256()
     for name in table.column_names:
         digest.update(f"{name}\n".encode())
-        _feed(digest, table[name].combine_chunks())
+        _feed(digest, single_chunk(table[name]))
     return digest.hexdigest()
 
 
@@ -157,7 +158,7 @@ def _check_columns(table: pa.Table, identity: dict[str, Any]) -> str | None:
 def _bad_values(table: pa.Table) -> Iterator[str]:
     """Sentences about vectors that are not finite or not of length 1, and about norms that do not go with them."""
     for name in table.column_names:
-        column = table[name].combine_chunks()
+        column = single_chunk(table[name])
         if name.endswith("_embeddings"):
             column = column.flatten()
         if name.endswith(("_embedding", "_embeddings")):
@@ -171,7 +172,7 @@ def _bad_values(table: pa.Table) -> Iterator[str]:
                 yield f"{int(bad.sum())} of {len(bad)} vectors of {name} are not finite or not of length 1"
         norms = name.replace("_embedding", "_norm")
         if name.endswith("_embedding") and norms in table.column_names:
-            norm = table[norms].combine_chunks()
+            norm = single_chunk(table[norms])
             values = norm.drop_null().to_numpy(zero_copy_only=False)
             if not norm.is_valid().equals(column.is_valid()) or not (np.isfinite(values) & (values > 0)).all():
                 yield f"{norms} is not a positive number wherever {name} is there"

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from common.errors import LakeError
 from common.lake import Lake, check_same_samples, shard_name
+from common.parquet_reading import single_chunk
 from common.seeding import seed_of
 
 NO_MODALITY = "unknown"
@@ -76,7 +77,7 @@ def read_shards(lake: Lake, teacher: str, shards: list[int], seed: int) -> Itera
 
 def vectors_of(column: pa.ChunkedArray) -> np.ndarray:
     """A fixed-size-list column as float32 [N, D], with NaN rows where it is null."""
-    array = column.combine_chunks()
+    array = single_chunk(column)
     width = array.type.list_size
     flat = array.values.slice(array.offset * width, len(array) * width).to_numpy(zero_copy_only=False)
     vectors = flat.reshape(-1, width).astype(np.float32)

@@ -1,0 +1,38 @@
+"""A local Ray as a command starts it."""
+
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.ray
+
+SCRIPT = """
+import os, time
+from cluster.session import ray_session
+
+with ray_session():
+    import ray
+
+    @ray.remote(num_cpus=1)
+    class Teacher:
+        def ready(self):
+            return True
+
+    @ray.remote(num_cpus=0)
+    def write():
+        return os.getpid()
+
+    cpus = int(ray.cluster_resources()["CPU"])
+    actors = [Teacher.remote() for _ in range(cpus)]
+    ray.get([actor.ready.remote() for actor in actors])
+    first = ray.get(write.remote())
+    time.sleep(4)
+    print("same" if ray.get(write.remote()) == first else "another")
+"""
+
+
+def test_a_task_finds_its_process_again_also_while_every_cpu_is_taken():
+    """Ray by itself ends it after a second, and each shard would wait for a new Python."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["same"], done.stderr
