@@ -198,6 +198,7 @@ def hold(
         if taken:
             lease = Lease(storage, name, record.token, seconds)
             lease._renewal = _Renewal(storage, name, record, seconds, writing)
+            _doubt_conditions(storage, name, record)
             return lease
 
 
@@ -283,6 +284,30 @@ class _Renewal:
         except StorageError as error:
             # The work is done and safe; who comes next only has to wait.
             logger.warning("lease %s could not be released and will run out by itself: %s", self._name, error)
+
+
+_DOUBTED: set[str] = set()
+"""Object stores of which this process has found out whether they keep to conditions."""
+
+
+def _doubt_conditions(storage: Storage, name: str, record: Record) -> None:
+    """Try to write over a lease just acquired; stores that ignore conditions say nothing, they only let two runs in."""
+    if storage.is_local or storage.uri in _DOUBTED:
+        return
+    _DOUBTED.add(storage.uri)
+    # Still this holder's record, should it get through.
+    probe = record.to_bytes(beat=1)
+    try:
+        ignored = storage.create(_path(name), probe) or storage.replace(_path(name), probe, f'"{"0" * 32}"')
+    except StorageError as error:
+        logger.warning("whether %s keeps to conditional writes could not be found out: %s", storage.uri, error)
+        return
+    if ignored:
+        logger.warning(
+            "%s does not keep to the conditions of writes (If-None-Match, If-Match), so a second run on the same "
+            "partition would not be turned away. See to it that only one run writes to this lake at a time.",
+            storage.uri,
+        )
 
 
 def _path(name: str) -> str:

@@ -159,7 +159,8 @@ class Engine:
             if pool.is_ready():
                 teacher = self.inputs[name]
                 accepted_at = accepted.get(teacher.spec.name)
-                record_teacher(self.lake, teacher, self.identities[name], pool.logit_scale, accepted_at)
+                identity, catalog = self.identities[name], self.config.catalog
+                record_teacher(self.lake, teacher, identity, pool.logit_scale, accepted_at, catalog)
 
     def _wind_up(self, dispatcher: Dispatcher) -> Iterator[FileDone]:
         """Let files at work be finished for a moment, then stop.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
@@ -113,9 +114,14 @@ def plan_todo(lake: Lake, identities: dict[str, dict[str, Any]]) -> tuple[Todo, 
 
 
 def record_teacher(
-    lake: Lake, teacher: TeacherInput, identity: dict[str, Any], logit_scale: float | None, accepted_at: str | None
+    lake: Lake,
+    teacher: TeacherInput,
+    identity: dict[str, Any],
+    logit_scale: float | None,
+    accepted_at: str | None,
+    catalog: str | None = None,
 ) -> None:
-    """Write ``teacher.json`` of a partition before its first shard."""
+    """Write ``teacher.json`` of a partition before its first shard; ``catalog`` is the user's own, if there is one."""
     spec = teacher.spec
     facts: dict[str, Any] = {
         "logit_scale": logit_scale,
@@ -126,6 +132,8 @@ def record_teacher(
         "terms_accepted_at": accepted_at,
         "spec": spec.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
     }
+    if catalog:
+        facts["catalog"] = str(Path(catalog).absolute())
     manifest = manifest_of(lake, teacher.name)
     claim_partition(lake.storage, manifest, identity, _remedy(teacher.name), facts)
     recorded = lake.read_teacher(teacher.name)

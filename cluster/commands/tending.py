@@ -32,7 +32,7 @@ def verify(
 
     Example: mmkd verify ./lake --repair
     """
-    from extractor.tending.verify import extract_commands
+    from extractor.tending.redo import redo_commands
     from extractor.tending.verify import verify as run
 
     report = run(lake, split_names(teachers), repair, pairs)
@@ -41,7 +41,7 @@ def verify(
         typer.echo("Removed what was bad.")
     elif not report.is_good and not repair:
         typer.echo(f"To remove what is bad: mmkd verify {lake} --repair")
-    for command in extract_commands(lake, report.incomplete):
+    for command in redo_commands(lake, report.incomplete):
         typer.echo(f"To compute what is missing: {command}")
     raise typer.Exit(0 if report.is_good else 1)
 

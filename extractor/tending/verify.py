@@ -7,7 +7,6 @@ again; a bad pack, after its good shards became files of their own; what killed 
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,7 +19,6 @@ from common.lease import hold_all
 from common.listing import FileMark, Place
 from common.local_disk import LOCK, TEMPORARY
 from common.logs import Progress, logger
-from common.models.load import read_catalog
 from common.parquet_reading import table_of
 from common.schemas import PAIRS, check_table
 from common.shard_files import UNREADABLE, is_pack, locate, shards_in
@@ -264,32 +262,3 @@ def _clear(lake: Lake, findings: list[Finding], repair: bool) -> list[Finding]:
     if findings:
         logger.info("verify: removed %d files that nothing refers to", len(findings))
     return [Finding(finding.path, finding.sentence, mended=True) for finding in findings]
-
-
-def extract_commands(lake_uri: str, teachers: Iterable[str]) -> list[str]:
-    """The commands that compute what some teachers lack; one for all of them, and one for each kept version.
-
-    Args:
-        lake_uri: The lake, as the user named it.
-        teachers: Names of partitions.
-    """
-    lake = open_lake(lake_uri)
-    by_version: dict[str, list[str]] = {}
-    for teacher in teachers:
-        spec = lake.read_teacher(teacher).get("spec", {})
-        version = teacher.removeprefix(f"{spec['name']}.") if teacher.startswith(f"{spec.get('name')}.") else ""
-        name = _asked_for(spec.get("name", teacher))
-        by_version.setdefault(version, []).append(f"{name}={spec['path']}" if spec.get("path") else name)
-    return [
-        f"mmkd extract {shlex.quote(lake_uri)} --teachers {shlex.quote(','.join(names))}"
-        f"{f' --teacher-version {version}' if version else ''}"
-        for version, names in by_version.items()
-    ]
-
-
-def _asked_for(name: str) -> str:
-    """``NAME@RECIPE`` for a rival recipe's name in folders, ``NAME.RECIPE``."""
-    rivals = {
-        f"{spec.name}.{recipe}": f"{spec.name}@{recipe}" for spec in read_catalog().values() for recipe in spec.recipes
-    }
-    return rivals.get(name, name)

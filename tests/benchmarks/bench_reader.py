@@ -7,14 +7,19 @@ MMKD-CLIP's features are distributed, as its data set class reads them: a ``.pt`
 The second is a WebDataset: the same tensors in tars. Every way ends with the same: for each teacher float32 [B, D] for
 pictures and for captions, and a mask. Pictures are left out, since all have the same.
 
-Sizes are compared twice: with that one file, and with the two that the authors distribute for a sample, of which the
-second holds the same vectors in their common space. From a lake those come by the maps that ``mmkd align`` keeps.
+Rates are taken twice: per CPU second with every file in memory, and by the clock with none there, as when millions of
+samples come round once an epoch. Sizes are compared twice: with that one file, and with the two that the authors
+distribute for a sample, of which the second holds the same vectors in their common space. From a lake those come by the
+maps that ``mmkd align`` keeps.
 """
 
 import argparse
 import io
+import os
 import tarfile
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -192,6 +197,16 @@ def read_shards(lake_uri: str) -> Iterator[Sides]:
             yield {name: (image[part], text[part], mask[part]) for name, (image, text, mask) in sides.items()}
 
 
+def forget(folder: Path) -> None:
+    """Have the kernel drop the files' content from memory; their names and places it may keep."""
+    os.sync()  # what is not yet written cannot be dropped
+    for file in folder.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
 def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Comparison], str]:
     """Compare the rates and the sizes, after insisting that all read the same."""
     found, masks = vectors(options.rows)
@@ -208,6 +223,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Comparison]
                 for left, right in zip(batches[0][name], other[name], strict=True):
                     np.testing.assert_array_equal(left, right)
     rate = Comparison("teachers' vectors of a sample, samples", "samples per CPU second", LEAST_RATIO)
+    from_disk = Comparison("teachers' vectors of a sample, files on disk only", "samples/s", LEAST_RATIO)
     size = Comparison("size of the vectors", "kB per sample", MOST_BYTES, at_most=True)
     distributed = Comparison("size of what is distributed for a sample", "kB per sample", MOST_BYTES, at_most=True)
 
@@ -216,7 +232,14 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Comparison]
             rows = sum(len(batch["t0"][2]) for batch in ways[way]())
         rate.add(way, rows / meter.seconds)
 
-    in_turn(options.runs, {way: lambda way=way: time_way(way) for way in ways})
+    def time_from_disk(way: str) -> None:
+        forget(folder)
+        started = time.perf_counter()
+        rows = sum(len(batch["t0"][2]) for batch in ways[way]())
+        from_disk.add(way, rows / (time.perf_counter() - started))
+
+    for measured in (time_way, time_from_disk):
+        in_turn(options.runs, {way: partial(measured, way) for way in ways})
     shards = "lake/features/**/*.parquet"
     for comparison, way, pattern in (
         (size, "one .pt a sample", "files/*/clips_output.pt"),
@@ -226,7 +249,8 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Comparison]
         (distributed, "aligned shards", shards),
     ):
         comparison.add(way, sum(file.stat().st_size for file in folder.glob(pattern)) / options.rows / 1e3)
-    return [rate, size, distributed], f"{len(WIDTHS)} teachers, {options.rows} samples in shards of {SHARD_ROWS}"
+    settings = f"{len(WIDTHS)} teachers, {options.rows} samples in shards of {SHARD_ROWS}"
+    return [rate, from_disk, size, distributed], settings
 
 
 if __name__ == "__main__":

@@ -289,6 +289,21 @@ def test_lost_answers_neither_lose_nor_double_a_lease(s3, s3_server, monkeypatch
         assert proxy.counts["lost_ack"] >= 4
 
 
+@pytest.mark.parametrize("ignoring", [True, False])
+def test_a_store_that_ignores_conditions_is_named(s3, s3_server, monkeypatch, caplog, ignoring):
+    with FaultProxy(s3_server) as proxy:
+        proxy.ignores_conditions = ignoring
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        monkeypatch.setattr("common.lease._DOUBTED", set())
+        monkeypatch.setattr(logger, "propagate", True)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        storage = Storage(f"{s3}/lake")
+        with hold(storage, "a", "first", seconds=3) as lease:
+            assert lease.is_held()
+        assert Lookup(storage, "a").released
+    assert ("does not keep to the conditions" in caplog.text) == ignoring
+
+
 def test_the_file_says_who_holds_it(storage):
     with hold(storage, "a", "nightly", seconds=3):
         content = json.loads(storage.read_bytes("leases/a.json"))

@@ -35,6 +35,7 @@ class FaultProxy:
 
     Attributes:
         url: Where to send requests.
+        ignores_conditions: Whether writes are passed on without their conditions, as by stores that know none.
         counts: How often each fault was injected, and all requests under ``requests``.
     """
 
@@ -42,6 +43,7 @@ class FaultProxy:
         self.upstream = urlsplit(upstream).netloc
         self.rates = dict(rates or {})
         self.counts: Counter[str] = Counter()
+        self.ignores_conditions = False
         self.closing = threading.Event()
         # moto looks and stores in two steps; S3 decides about a conditional write and does it in one.
         self.writing = threading.Lock()
@@ -129,6 +131,8 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name: value for name, value in self.headers.items() if name.lower() not in _ONE_HOP}
         if fault == "damage":
             headers = {name: value for name, value in headers.items() if "checksum" not in name.lower()}
+        if self.proxy.ignores_conditions:
+            headers = {name: value for name, value in headers.items() if not name.lower().startswith("if-")}
         # http.client leaves the path as it came; what is quoted stays quoted.
         connection = http.client.HTTPConnection(self.proxy.upstream, timeout=60)
         try:

@@ -14,7 +14,7 @@ from common.schemas import PAIRS
 from common.shard_files import pack_name
 from extractor.sink import find_valid
 from extractor.tending.compact import compact
-from extractor.tending.verify import Tally, extract_commands, verify
+from extractor.tending.verify import Tally, verify
 
 IDENTITY = identity_of("t")
 FOLDER = "features/teacher=t"
@@ -259,24 +259,6 @@ def test_a_lake_without_embeddings_is_whole(make_lake, tmp_path):
     report = verify(make_lake(tmp_path / "lake").uri, pairs=True)
     assert report.is_good
     assert report.teachers == {}
-
-
-# --- what to run next
-
-
-def test_the_command_names_places_recipes_and_versions(lake):
-    for name, spec in {
-        "pmc-clip.notebook": {"name": "pmc-clip.notebook"},
-        "plip": {"name": "plip", "hub_id": "vinid/plip"},
-        "plip.second": {"name": "plip", "hub_id": "vinid/plip"},
-        "mine": {"name": "mine", "path": "/my models/mine"},
-    }.items():
-        lake.storage.write_json(f"features/teacher={name}/teacher.json", {"fingerprint": {}, "spec": spec})
-    commands = extract_commands(lake.uri, ["pmc-clip.notebook", "plip", "plip.second", "mine"])
-    assert commands == [
-        f"mmkd extract {lake.uri} --teachers 'pmc-clip@notebook,plip,mine=/my models/mine'",
-        f"mmkd extract {lake.uri} --teachers plip --teacher-version second",
-    ]
 
 
 def test_what_is_rescued_is_what_was_embedded(lake):
