@@ -220,6 +220,20 @@ class RetryingS3(S3FileSystem):
     remove_all = sync_wrapper(_remove_all)
     """Delete objects by their exact names: ``rm`` would take ``?``, ``*`` and ``[`` in them for patterns."""
 
+    async def _uploads(self, path: str) -> list[dict[str, Any]]:
+        bucket, key, _ = self.split_path(path)
+        found: list[dict[str, Any]] = []
+        asked: dict[str, Any] = {"Bucket": bucket, "Prefix": f"{key}/"}
+        while True:
+            answer = await self._call_s3("list_multipart_uploads", **asked)
+            found += answer.get("Uploads", [])
+            if not answer.get("IsTruncated"):
+                return found
+            asked |= {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
+
+    uploads = sync_wrapper(_uploads)
+    """Multipart uploads beneath a folder that were begun and neither completed nor aborted, as S3 describes them."""
+
 
 # One table of instances, so that clearing s3fs's clears this class's too.
 RetryingS3._cache = S3FileSystem._cache

@@ -7,6 +7,7 @@ this project never reads, keeps, logs or forwards them.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import fsspec
 import pyarrow as pa
@@ -27,7 +28,7 @@ from common.errors import StorageError
 from common.parquet_reading import read_columns, table_of
 from common.storage_errors import explained, without_secrets
 
-__all__ = ["ROW_GROUP_ROWS", "Storage", "absolute_address", "without_secrets"]
+__all__ = ["ROW_GROUP_ROWS", "Storage", "Upload", "absolute_address", "without_secrets"]
 
 ROW_GROUP_ROWS = 20_000
 
@@ -35,6 +36,16 @@ ROW_GROUP_ROWS = 20_000
 def absolute_address(uri: str) -> str:
     """An address that means the same in another working directory: a local path in full, others as they are."""
     return uri if "://" in uri or "::" in uri else os.path.abspath(uri)
+
+
+class Upload(NamedTuple):
+    """An upload in parts that has not ended: its writer is at it, or was killed."""
+
+    path: str
+    """Of the file it was to become, relative to the storage."""
+    upload_id: str
+    begun: float
+    """Seconds since 1970."""
 
 
 @dataclass(frozen=True)
@@ -260,6 +271,26 @@ class Storage:
                 self.fs.remove_all(self.fs.find(target))
             elif self.fs.exists(target):
                 self.fs.rm(target, recursive=True)
+
+    def uploads(self) -> list[Upload]:
+        """Uploads in parts that were begun here and not ended; none where the storage knows no such thing.
+
+        Raises:
+            StorageError: They cannot be listed.
+        """
+        if not self._is_s3:
+            return []
+        root = self.path()
+        with explained(f"list the unfinished uploads of {root}"):
+            found = self.fs.uploads(root)
+        start = len(root.partition("/")[2]) + 1
+        return [Upload(one["Key"][start:], one["UploadId"], one["Initiated"].timestamp()) for one in found]
+
+    def abort(self, upload: Upload) -> None:
+        """Delete the parts of an upload that was begun; nothing happens if it has ended meanwhile."""
+        bucket, _, key = self.path(upload.path).partition("/")
+        with explained(f"abort an upload of {upload.path}"), contextlib.suppress(FileNotFoundError):
+            self.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload.upload_id)
 
     def write_json(self, relative: str, value: Any) -> None:
         """Write a value as readable JSON, whole or not at all."""

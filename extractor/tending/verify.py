@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from common.errors import LakeError, SchemaError
+from common.errors import LakeError, SchemaError, StorageError
 from common.lake import Lake, now, open_lake, require_teachers, shard_name
 from common.lease import hold_all
 from common.listing import FileMark, Place
@@ -113,6 +113,7 @@ def verify(
             verify_teacher(lake, name, known, repair, report)
         report.findings += _clear(lake, [*orphaned_rejects(lake, wanted, teachers is None)], repair)
         report.findings += _clear(lake, [*killed_writes(lake)], repair)
+        report.findings += killed_uploads(lake, repair)
         known.save()
     report.seconds = time.monotonic() - started
     return report
@@ -238,13 +239,25 @@ def orphaned_rejects(lake: Lake, teachers: Iterable[str], everybody: bool) -> It
 
 
 def killed_writes(lake: Lake) -> Iterator[Finding]:
-    """Temporary files that a killed process left on a local disk; object stores show no unfinished uploads."""
+    """Temporary files that a killed process left on a local disk."""
     root = lake.storage.path()
     for folder, _, names in os.walk(root) if lake.storage.is_local else ():
         for name in names:
             path = os.path.join(folder, name)
             if name.startswith(TEMPORARY) and name != LOCK and time.time() - _changed(path) > KILLED_AFTER_SECONDS:
                 yield Finding(os.path.relpath(path, root), "a killed write left it")
+
+
+def killed_uploads(lake: Lake, repair: bool) -> list[Finding]:
+    """Parts of large files that a killed process left in an object store, where no listing shows and the bill does."""
+    try:
+        old = [one for one in lake.storage.uploads() if time.time() - one.begun > KILLED_AFTER_SECONDS]
+    except StorageError as error:
+        logger.warning("verify: whether killed writes left parts of files is not known: %s", error)
+        return []
+    for upload in old if repair else ():
+        lake.storage.abort(upload)
+    return [Finding(upload.path, "a killed write left parts of it", mended=repair) for upload in old]
 
 
 def _changed(path: str) -> float:

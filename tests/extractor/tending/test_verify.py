@@ -12,6 +12,7 @@ from common.lake import Lake, open_lake, shard_name
 from common.lease import hold
 from common.schemas import PAIRS
 from common.shard_files import pack_name
+from common.storage import Storage
 from extractor.sink import find_valid
 from extractor.tending.compact import compact
 from extractor.tending.verify import Tally, verify
@@ -141,6 +142,27 @@ def test_what_killed_writes_left_is_removed_when_it_is_old(lake):
     assert not old.exists()
     assert young.exists()
     assert (Path(lake.uri) / ".tmp-lock").exists()
+
+
+def test_parts_that_a_killed_write_left_in_a_store_are_removed(make_lake, s3, monkeypatch):
+    lake = make_lake(f"{s3}/my lake", rows=8, shard_rows=8)
+    embed(lake, "t")
+    neighbour = Storage(f"{s3}/my lake 2")
+    for storage, path in ((lake.storage, f"{FOLDER}/shards-000000-000063.parquet"), (neighbour, "features/x")):
+        bucket, _, key = storage.path(path).partition("/")
+        begun = storage.fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+        part = {"Bucket": bucket, "Key": key, "UploadId": begun["UploadId"], "PartNumber": 1, "Body": b"x" * 100}
+        storage.fs.call_s3("upload_part", **part)
+    (upload,) = lake.storage.uploads()
+    monkeypatch.setattr("time.time", lambda: upload.begun + 3000)
+    assert verify(lake.uri).is_good  # it may be a write that is under way
+    monkeypatch.setattr("time.time", lambda: upload.begun + 4000)
+    expected = {f"{FOLDER}/shards-000000-000063.parquet": "a killed write left parts of it"}
+    assert found(verify(lake.uri)) == expected
+    assert verify(lake.uri, repair=True).is_good
+    assert lake.storage.uploads() == []
+    assert len(neighbour.uploads()) == 1
+    lake.storage.abort(upload)  # ended meanwhile: no error
 
 
 def test_a_partition_of_unknown_origin_is_not_touched(lake):
