@@ -92,11 +92,29 @@ def read_blocks(data: TrainData, segment: Segment, lanes: range) -> Iterator[pa.
         LakeError: A teacher's shard does not hold the same samples as its pairs shard.
     """
     places_SB = data.order.segment_places(segment, lanes)
-    steps = max(1, BLOCK_ROWS // places_SB.shape[1])
+    steps = rows_per_block(places_SB.shape[1]) // places_SB.shape[1]
     lake = Lake(data.lake_uri)
     shards = {int(shard): read_shard(data, lake, int(shard)) for shard in np.unique(split_places(places_SB)[0])}
     for first in range(0, len(places_SB), steps):
         yield _block(data, segment.epoch, places_SB[first : first + steps].reshape(-1), shards)
+
+
+def rows_per_block(rows: int) -> int:
+    """Rows of a full block for a worker that gives ``rows`` to each step: whole steps."""
+    return max(1, BLOCK_ROWS // rows) * rows
+
+
+def block_bytes(data: TrainData, rows: int) -> int:
+    """About how many bytes a block takes at most, decoded or not, for a worker that gives ``rows`` to each step.
+
+    Encoded pictures are taken to be as large as those of the largest pairs file; of the rest the widths are known.
+    """
+    lake = Lake(data.lake_uri)
+    largest = max((mark.size for mark in lake.pair_marks().values()), default=0)
+    producers = [lake.read_teacher(teacher)["fingerprint"] for teacher in data.teachers]
+    vectors = sum(4 * (made.get(f"{side}_dim") or 0) for made in producers for side in ("image", "text"))
+    pixels = 3 * data.architecture.geometry.size**2
+    return rows_per_block(rows) * (largest // int(lake.info()["shard_rows"]) + pixels + vectors)
 
 
 def validation_batches(data: TrainData, places: np.ndarray) -> Iterator[Batch]:

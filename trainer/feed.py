@@ -12,13 +12,18 @@ import pyarrow as pa
 
 from common import errors
 from common.errors import MmkdError
-from trainer.data import Batch, TrainData, decode_block, read_blocks, split_batches
+from trainer.data import Batch, TrainData, block_bytes, decode_block, read_blocks, split_batches
 from trainer.order import Segment, worker_lanes
 
 if TYPE_CHECKING:
     import ray
 
 SEGMENTS_PER_DATASET = 2000
+BLOCKS_AHEAD = 8
+"""What Ray may hold of a worker's blocks beside two for each decode task. Without a limit it takes a good part
+of the object store for each worker, whatever the others take."""
+LEAST_AHEAD = 256 << 20
+"""Bytes: small blocks may be more."""
 READERS = 2  # one ahead, so that a new window does not make the decoders wait
 
 
@@ -58,10 +63,11 @@ def ray_batches(
     known: TrainData = ray.get(data)
     lanes = worker_lanes(known.order.lanes, rank, workers)
     rows = known.order.batch_size // workers
+    ahead = max(LEAST_AHEAD, (BLOCKS_AHEAD + 2 * tasks) * block_bytes(known, rows))
     segments = known.order.segments(first_step, total_steps)
     # One dataset spans many epochs, since each start costs a second; a bound keeps the list of inputs short.
     while chunk := list(itertools.islice(segments, SEGMENTS_PER_DATASET)):
-        for blob in _stream(data, chunk, lanes, tasks, cpus_per_task):
+        for blob in _stream(data, chunk, lanes, tasks, cpus_per_task, ahead):
             yield from split_batches(known, _checked(_unpack(blob)), rows)
 
 
@@ -83,7 +89,9 @@ def started(batches: Iterator[Batch]) -> Iterator[Batch]:
     return rest()
 
 
-def _stream(data: ray.ObjectRef, segments: list[Segment], lanes: range, tasks: int, cpus: int) -> Iterator[pa.Scalar]:
+def _stream(
+    data: ray.ObjectRef, segments: list[Segment], lanes: range, tasks: int, cpus: int, ahead: int
+) -> Iterator[pa.Scalar]:
     import ray
 
     context = ray.data.DataContext.get_current().copy()
@@ -93,6 +101,7 @@ def _stream(data: ray.ObjectRef, segments: list[Segment], lanes: range, tasks: i
     # A block is one opaque row, and a limit of one byte makes every row a block of Ray's: no setting of the engine
     # can then merge or split what belongs to a step.
     context.target_max_block_size = 1
+    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=ahead)
     items = [{"epoch": s.epoch, "window": s.window, "first": s.first, "stop": s.stop} for s in segments]
     with ray.data.DataContext.current(context):
         source = ray.data.from_items(items, override_num_blocks=len(items))
@@ -102,6 +111,9 @@ def _stream(data: ray.ObjectRef, segments: list[Segment], lanes: range, tasks: i
         batch_size=None,
         num_cpus=0,  # it waits for storage
         compute=ray.data.TaskPoolStrategy(READERS),
+        # An environment of their own gives them processes of their own: in time each process would have both a window
+        # of rows and all that decoding imports.
+        runtime_env={"env_vars": {"MMKD_STEP": "read"}},
     )
     decoded = blocks.map_batches(
         cast(Any, _decode_task),

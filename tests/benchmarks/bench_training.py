@@ -9,6 +9,7 @@ and on a tenth of them, with a student so small that reading and decoding set th
 """
 
 import argparse
+import itertools
 import json
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,8 @@ from paired import Comparison, conclude, in_turn, parser, run_way, workplace
 PARTS = ("step", "wait", "memory")
 MOST_COST, MOST_WAIT, MOST_GROWTH = 1.05, 0.03, 1.15
 SHARD_ROWS, GIB = 256, 1 << 30
+WINDOW_SHARD_ROWS = 64
+"""For memory: four lanes of two shards are read together, so 2,048 rows are four windows."""
 BATCH = 64
 STEPS_A_RUN = 3
 SMALL = {"image_size": 224, "layers": 6, "width": 256, "patch_size": 32, "head_width": 64}
@@ -65,7 +68,7 @@ def unit(draw: np.random.Generator, rows: int, width: int) -> np.ndarray:
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16).astype(np.float32)
 
 
-def measure_step(options: argparse.Namespace, folder: Path) -> Comparison:
+def measure_step(options: argparse.Namespace, folder: Path) -> list[Comparison]:
     """Seconds of an optimiser step of either stage."""
     import torch
 
@@ -110,7 +113,7 @@ def measure_step(options: argparse.Namespace, folder: Path) -> Comparison:
         options.runs, {name: lambda name=name: comparison.add(name, min(steps(name, STEPS_A_RUN))) for name in stages}
     )
     print(f"torch threads: {torch.get_num_threads()}")
-    return comparison
+    return [comparison]
 
 
 def start_from(uri: str, student: Path, lake_folder: Path) -> str:
@@ -122,7 +125,7 @@ def start_from(uri: str, student: Path, lake_folder: Path) -> str:
     few = first_shards(uri, lake_folder, 1)
     config = Stage1Config(
         model=ModelConfig(architecture=str(student)),
-        data=DataConfig(batch_size=SHARD_ROWS // 4 * 4, lanes=4, tasks=2),
+        data=DataConfig(batch_size=WINDOW_SHARD_ROWS, lanes=4, tasks=2),
         scale=ScaleConfig(track=()),
         epochs=1,
     )
@@ -140,7 +143,7 @@ def stage2_settings(batch: int, log_every: int) -> dict[str, Any]:
     }
 
 
-def measure_wait(options: argparse.Namespace, folder: Path) -> Comparison:
+def measure_wait(options: argparse.Namespace, folder: Path) -> list[Comparison]:
     """Share of stage 2's time that it waits for data."""
     uri = write_lake(folder / "wait", read_jpegs(options.data), 8 * SHARD_ROWS, SHARD_ROWS)
     teach(uri)
@@ -154,26 +157,31 @@ def measure_wait(options: argparse.Namespace, folder: Path) -> Comparison:
         comparison.add("waiting", found["data_wait"])
 
     in_turn(options.runs, {"stage 2": run})
-    return comparison
+    return [comparison]
 
 
-def measure_memory(options: argparse.Namespace, folder: Path) -> Comparison:
-    """Greatest memory on all rows against a tenth of them."""
-    long = write_lake(folder / "long", read_jpegs(options.data), options.rows, SHARD_ROWS)
-    short = write_lake(folder / "short", read_jpegs(options.data), options.rows // 10, SHARD_ROWS)
+def measure_memory(options: argparse.Namespace, folder: Path) -> list[Comparison]:
+    """Greatest memory on all rows against a tenth of them, which are several windows of rows shuffled together."""
+    long = write_lake(folder / "long", read_jpegs(options.data), options.rows, WINDOW_SHARD_ROWS)
+    short = write_lake(folder / "short", read_jpegs(options.data), options.rows // 10, WINDOW_SHARD_ROWS)
     for uri in (short, long):
         teach(uri)
     init = start_from(short, write_student(folder / "tiny", TINY, TINY_TEXT), folder / "memory-start")
     names = {short: f"{options.rows // 10} rows", long: f"{options.rows} rows"}
-    comparison = Comparison("peak memory of stage 2, RSS of all processes", "GiB", MOST_GROWTH, at_most=True)
-    settings = {"init": init, "stage2": stage2_settings(256, 8)}
+    comparisons = {
+        "rss": Comparison("peak memory of stage 2, RSS of all processes", "GiB", MOST_GROWTH, at_most=True),
+        "pss": Comparison("peak memory of stage 2, shared pages counted once", "GiB", MOST_GROWTH, at_most=True),
+        "object_store": Comparison("peak of the object store in stage 2", "GiB"),
+    }
+    settings = {"init": init, "stage2": stage2_settings(BATCH, 8)}
 
     def run(uri: str) -> None:
         found = run_way("trained", {"lake": uri, "teachers": [], "settings": settings})
-        comparison.add(names[uri], found["rss"] / GIB)
+        for name, comparison in comparisons.items():
+            comparison.add(names[uri], found[name] / GIB)
 
     in_turn(options.runs, {names[uri]: partial(run, uri) for uri in (short, long)})
-    return comparison
+    return list(comparisons.values())
 
 
 if __name__ == "__main__":
@@ -182,5 +190,5 @@ if __name__ == "__main__":
     chosen = arguments.parse_args()
     measures = {"step": measure_step, "wait": measure_wait, "memory": measure_memory}
     with workplace(chosen) as place:
-        results = [measures[part](chosen, place) for part in chosen.only]
+        results = list(itertools.chain.from_iterable(measures[part](chosen, place) for part in chosen.only))
     conclude(results, chosen, f"{len(WIDTHS)} teachers, default terms, student {SMALL['layers']} x {SMALL['width']}")
