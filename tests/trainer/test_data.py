@@ -14,7 +14,18 @@ from common.storage import Storage
 from common.views import cut_view, view_boxes
 from trainer.architecture import read_architecture
 from trainer.config import DataConfig
-from trainer.data import StoredViews, TrainData, digest_rows, draw_caption, draw_view, validation_batches
+from trainer.data import (
+    StoredViews,
+    TrainData,
+    block_bytes,
+    decode_block,
+    digest_rows,
+    draw_caption,
+    draw_view,
+    read_blocks,
+    rows_per_block,
+    validation_batches,
+)
 from trainer.feed import local_batches, started
 from trainer.launch import build_order, find_rows
 from trainer.order import split_places
@@ -100,6 +111,17 @@ def test_resuming_repeats_the_same_crops_and_draws(data):
         assert np.array_equal(one.tokens_BL, other.tokens_BL)
         assert np.array_equal(one.draws_BK, other.draws_BK)
         assert np.array_equal(digest_rows(one), digest_rows(other))
+
+
+@pytest.mark.parametrize("rows", [4, 16, 300])
+def test_the_size_of_a_block_is_known_beforehand(data, rows):
+    segment = next(data.order.segments(0, 2))
+    block = next(read_blocks(data, segment, range(4)))
+    share = rows_per_block(rows) / block.num_rows
+    assert rows_per_block(rows) % rows == 0
+    for table in (block, decode_block(data, block)):
+        assert table.nbytes * share < 1.5 * block_bytes(data, rows)  # ids and masks are small change at real widths
+        assert table.nbytes * share > block_bytes(data, rows) / 10
 
 
 @pytest.mark.parametrize("part", ["pixels_BHWC", "tokens_BL", "draws_BK"])
