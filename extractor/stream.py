@@ -64,6 +64,9 @@ def prepared_shards(prepare: Prepare, tasks: int, shard_bytes: int) -> Iterator[
         compute=ray.data.TaskPoolStrategy(size=max(1, min(len(shards), tasks))),
         num_cpus=1,
         batch_size=1,
+        # An environment of their own gives them processes of their own. Otherwise every process that ever wrote a file
+        # would in time have tokenizers and a decoder, too.
+        runtime_env={"env_vars": {"MMKD_STEP": "prepare"}},
     )
     blocks = (entry.ref for bundle in prepared.iter_internal_ref_bundles() for entry in bundle.blocks)
     try:
