@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageCms, UnidentifiedImageError
 
 if TYPE_CHECKING:  # the decoding child process imports this file and must start without pydantic
     from common.models.spec import Geometry
@@ -31,6 +31,8 @@ _DECODER_ERRORS = (
 )
 Resize = Callable[[Image.Image, tuple[int, int], Image.Resampling], Image.Image]
 """Makes a picture so wide and high, through a filter."""
+_PROBES = 8
+"""Pixels along the diagonal that are looked at before a whole picture is compared."""
 _DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _ORIENTATION_TAG = 0x0112
@@ -100,6 +102,41 @@ def _draft_size(size: tuple[int, int], least_side: int) -> tuple[int, int]:
 def pillow_resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
     """Resize as every CLIP's own code does."""
     return image.resize(size, resample)
+
+
+class ExactResize:
+    """:func:`pillow_resize` for one picture and its many sizes.
+
+    It resizes each channel on its own, so of a picture whose three are equal, as those of most radiographs are, one is
+    resized: the same pixels in half the time.
+    """
+
+    def __init__(self) -> None:
+        self._looked = False
+        self._channel: Image.Image | None = None
+
+    def __call__(self, image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+        """See :func:`pillow_resize`; ``image`` is the same in every call."""
+        if not self._looked:
+            self._looked, self._channel = True, only_channel(image)
+        if self._channel is None:
+            return pillow_resize(image, size, resample)
+        return Image.merge("RGB", [pillow_resize(self._channel, size, resample)] * 3)
+
+
+def only_channel(image: Image.Image) -> Image.Image | None:
+    """The channel of an RGB picture whose three are equal; None for any other."""
+    if image.mode != "RGB":
+        return None
+    width, height = image.size
+    for place in range(1, 2 * _PROBES, 2):  # nearly all pictures with colours end here
+        red, green, blue = image.getpixel((width * place // (2 * _PROBES), height * place // (2 * _PROBES)))  # type: ignore[misc]
+        if not red == green == blue:
+            return None
+    first, *others = image.split()
+    if any(ImageChops.difference(first, other).getbbox() for other in others):
+        return None
+    return first
 
 
 def each_once(resize: Resize) -> Resize:

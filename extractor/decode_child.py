@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from common.images import Resize, UndecodableImageError, decode_rgb, each_once, fit, pillow_resize
+from common.images import ExactResize, Resize, UndecodableImageError, decode_rgb, each_once, fit
 from common.sandbox import ALARM_GRACE_SECONDS, limit_process
 from common.views import cut_view
 
@@ -109,7 +109,7 @@ def _places(target: mmap.mmap, item: dict[str, Any], rows: int, views: int) -> t
 
 def _resize_of_one(fast: bool) -> Resize:
     if not fast:
-        return each_once(pillow_resize)
+        return each_once(ExactResize())
     from extractor.tensor_resize import TensorResize
 
     return each_once(TensorResize())

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from upstream_others import draw
 
-from common.images import MAX_PIXELS, each_once, fit, pillow_resize
+from common.images import MAX_PIXELS, ExactResize, each_once, fit, only_channel, pillow_resize
 from common.models.spec import Geometry
 
 SHAPES = [(33, 20), (20, 33), (64, 64), (65, 64), (64, 67), (131, 40), (7, 5), (1, 9), (201, 150)]
@@ -149,3 +149,29 @@ def test_geometries_that_share_a_resize_get_the_same_pixels_as_alone(shape):
         np.testing.assert_array_equal(fit(image, geometry, shared), fit(image, geometry))
     # A square comes to 32 x 32 and to 37 x 37; the others have two sizes more. Two filters.
     assert len(made) == (4 if shape == (90, 90) else 8)
+
+
+@pytest.mark.parametrize("filter", Image.Resampling)
+@pytest.mark.parametrize("is_gray", [True, False])
+def test_a_gray_picture_is_resized_by_one_channel_to_the_same_pixels(filter, is_gray):
+    image = draw(131, 90, seed=5)
+    image = image.convert("L").convert("RGB") if is_gray else image
+    resize = ExactResize()
+    for size in ((32, 32), (47, 32), (224, 224), (131, 90)):
+        found = resize(image, size, filter)
+        assert found.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(image.resize(size, filter)))
+    assert (only_channel(image) is not None) == is_gray
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (40, 35)], ids=str)
+def test_one_pixel_with_a_colour_is_enough(shape):
+    gray = draw(*shape, seed=6).convert("L")
+    image = gray.convert("RGB")
+    assert np.array_equal(np.asarray(only_channel(image)), np.asarray(gray))
+    place = (shape[0] - 1, 0)
+    red, green, blue = image.getpixel(place)
+    for other in ((red ^ 1, green, blue), (red, green ^ 1, blue), (red, green, blue ^ 1)):
+        image.putpixel(place, other)
+        assert only_channel(image) is None
+    assert only_channel(gray) is None

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.errors import EvaluateError
-from common.images import UndecodableImageError, decode_rgb, fit
+from common.images import ExactResize, UndecodableImageError, decode_rgb, each_once, fit
 from common.logs import Progress, logger
 from common.models.spec import Geometry
 from trainer.evaluation.models import LoadedModel
@@ -95,7 +95,8 @@ def _prepared(data: EvaluationData, geometries: dict[str, Geometry], batch_size:
         except UndecodableImageError as error:
             logger.debug("evaluate: sample %s: %s", sample.sample_id, error)
             return None
-        return {key: fit(image, geometry) for key, geometry in geometries.items()}
+        resize = each_once(ExactResize())
+        return {key: fit(image, geometry, resize) for key, geometry in geometries.items()}
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         waiting: deque[tuple[list[Sample], list[Future]]] = deque()
