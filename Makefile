@@ -6,6 +6,7 @@ VENV := .venv-$(PINS)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LAKE ?= demo-lake
+BENCHES ?= efficiency peers memory start decode reader training students
 
 .PHONY: help env demo test test-unit test-pipeline bench check docs format clean
 .DEFAULT_GOAL := help
@@ -35,8 +36,8 @@ test-unit: $(READY)  ## fast tests without Ray
 test-pipeline: $(READY)  ## local Ray, small real models, moto S3, real kills
 	$(BIN)/python -m pytest -m 'ray and not gpu and not slow'
 
-bench: $(READY)  ## ratios of extraction speed and memory on this machine (over an hour; BENCH="--runs 1" for a look)
-	for one in efficiency peers memory start decode; do $(BIN)/python tests/benchmarks/bench_$$one.py $(BENCH) || exit 1; done
+bench: $(READY)  ## every benchmark that needs no GPU (hours; BENCHES="reader decode" for some, BENCH="--runs 1" for a look)
+	for one in $(BENCHES); do $(BIN)/python tests/benchmarks/bench_$$one.py $(BENCH) || exit 1; done
 
 check: $(READY)  ## format, lint, spelling, types, import layers
 	$(BIN)/ruff format --check .

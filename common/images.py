@@ -151,7 +151,7 @@ def each_once(resize: Resize) -> Resize:
     return shared
 
 
-def fit(image: Image.Image, geometry: Geometry, resize: Resize = pillow_resize) -> np.ndarray:
+def fit(image: Image.Image, geometry: Geometry, resize: Resize | None = None) -> np.ndarray:
     """Resize and crop an upright RGB picture exactly as open_clip (or transformers, or MedCLIP) would.
 
     Only strips longer than ``LONGEST_STRIP`` times their width may differ, in the last bit of a few pixels, and padded
@@ -160,14 +160,15 @@ def fit(image: Image.Image, geometry: Geometry, resize: Resize = pillow_resize) 
     Args:
         image: The picture.
         geometry: What to make of it.
-        resize: Another way to resize. Gray and padded squares are resized by Pillow all the same.
+        resize: How to resize; None for an :class:`ExactResize` of this picture's own. Gray and padded squares are
+            resized by Pillow all the same.
 
     Returns:
         uint8 [size, size, channels]
     """
     if geometry.colour == "gray":
         return _square(image.convert("L"), geometry, pillow_resize)[:, :, None]
-    return _square(image, geometry, resize)
+    return _square(image, geometry, resize or ExactResize())
 
 
 def _square(image: Image.Image, geometry: Geometry, resize: Resize) -> np.ndarray:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.storage_errors import explained
+from common.vector_pages import OtherLayoutError, decode_vectors, expects, is_vectors
 
 if TYPE_CHECKING:
     from common.storage import Storage
@@ -137,7 +138,7 @@ def read_columns(
                 pq.ParquetFile(local, metadata=footer, pre_buffer=False) as file,
             ):
                 _insist_on(columns, file.metadata, relative)
-                return file.read_row_groups(_groups(file.metadata, groups), columns, use_threads=False)
+                return _read(file, local, columns, _groups(file.metadata, groups))
         except OSError as error:
             if error.errno is None:  # Arrow's own, about the content
                 raise
@@ -148,12 +149,56 @@ def read_columns(
     _insist_on(columns, footer, relative)
     source.fetch(_chunks(footer, columns, _groups(footer, groups)))
     with pq.ParquetFile(source, metadata=footer, pre_buffer=False) as file:
-        return file.read_row_groups(_groups(footer, groups), columns, use_threads=False)
+        return _read(file, source, columns, _groups(footer, groups))
 
 
 def single_chunk(column: pa.ChunkedArray) -> pa.Array:
     """A column in one piece; ``combine_chunks`` would copy it even if it is one already."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _read(
+    file: pq.ParquetFile, source: pa.OSFile | RangedFile, columns: list[str] | None, groups: list[int]
+) -> pa.Table:
+    """Columns of row groups of an opened file, vectors by our own decoder where it knows their layout."""
+    schema = file.schema_arrow
+    names = [name for name in schema.names if columns is None or name in columns]
+    decoded = {name: _vectors(file, source, schema.field(name), groups) for name in names}
+    others = [name for name in names if decoded[name] is None]
+    if len(others) == len(names):
+        return file.read_row_groups(groups, columns, use_threads=False)
+    read = file.read_row_groups(groups, others, use_threads=False) if others else None
+    arrays = [read[name] if read is not None and name in others else decoded[name] for name in names]
+    kept = pa.schema([schema.field(name) for name in names], metadata=schema.metadata)
+    return pa.Table.from_arrays(arrays, schema=kept)
+
+
+def _vectors(
+    file: pq.ParquetFile, source: pa.OSFile | RangedFile, field: pa.Field, groups: list[int]
+) -> pa.ChunkedArray | None:
+    """A column of vectors, a chunk for each row group; None where Arrow is to read it."""
+    footer = file.metadata
+    if not is_vectors(field.type):
+        return None
+    paths = [footer.schema.column(leaf).path for leaf in range(footer.num_columns)]
+    leaf = paths.index(f"{field.name}.list.element") if f"{field.name}.list.element" in paths else None
+    if leaf is None:
+        return None
+    arrays = []
+    for group in groups:
+        chunk = footer.row_group(group).column(leaf)
+        if not expects(chunk, footer.schema.column(leaf)):
+            return None
+        source.seek(chunk.data_page_offset)
+        try:
+            arrays.append(
+                decode_vectors(
+                    memoryview(source.read(chunk.total_compressed_size)), footer.row_group(group).num_rows, field.type
+                )
+            )
+        except OtherLayoutError:
+            return None
+    return pa.chunked_array(arrays, field.type)
 
 
 def _insist_on(columns: list[str] | None, footer: pq.FileMetaData, relative: str) -> None:

@@ -16,7 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -32,9 +32,9 @@ from common.models.spec import ModelSpec
 from common.parquet_reading import single_chunk
 from common.schemas import SCHEMA_VERSION, SELECTION, features_schema, vector_type
 from common.storage import Storage, absolute_address
-from extractor.config import IngestConfig
+from extractor.config import IngestConfig, StoredPrecision
 from extractor.ingest import IngestReport, ingest
-from extractor.partitions import STORED_PRECISION, manifest_of, plan_todo
+from extractor.partitions import manifest_of, plan_todo
 from extractor.prepare import fixed_rows
 from extractor.sink import record_valid, survey_pairs, write_features
 from extractor.sources.addresses import base_name, short_name
@@ -90,6 +90,8 @@ class Imported:
     """Its name in the files."""
     dim: int
     version: Version = "imported"
+    precision: StoredPrecision = "float16"
+    """What its vectors are rounded to."""
 
     @property
     def partition(self) -> str:
@@ -107,7 +109,7 @@ class Imported:
             "image_dim": self.dim,
             "text_dim": self.dim,
             "normalised": "l2",
-            "stored_precision": STORED_PRECISION,
+            "stored_precision": self.precision,
             "schema_version": SCHEMA_VERSION,
         }
 
@@ -118,6 +120,7 @@ def import_features(
     config: IngestConfig,
     accept_terms: tuple[str, ...] = (),
     version: Version = "imported",
+    precision: StoredPrecision = "float16",
 ) -> ImportReport:
     """Bring MMKD-CLIP's published pairs and features into a lake. Ray must be initialised.
 
@@ -127,6 +130,7 @@ def import_features(
         config: How pairs are read; its format is set here.
         accept_terms: Partitions whose models' conditions on students are accepted.
         version: Which of the two files of a pair.
+        precision: What vectors are rounded to.
 
     Raises:
         TermsError: Such conditions are not accepted; nothing was read then.
@@ -136,7 +140,7 @@ def import_features(
         FingerprintError: A partition of that name has another origin.
     """
     table = find_table(place)
-    teachers = find_teachers(table, version)
+    teachers = [replace(found, precision=precision) for found in find_teachers(table, version)]
     catalog = read_catalog()
     specs = {teacher.partition: _spec_of(teacher, catalog) for teacher in teachers}
     created = create_lake(lake_uri, config.shard_rows)
@@ -341,19 +345,26 @@ def build_features(
             rejects.append((sample_id, "features not finite", f"lengths {lengths[0]} and {lengths[1]}"))
         else:
             for side, vector, length in zip(vectors, found[teacher.key], lengths, strict=True):
-                # Rounded as extract rounds them, which halves the file.
-                vectors[side][row] = (vector / length).astype(np.float16)
+                vectors[side][row] = vector / length
                 norms[side][row] = length
+    rounded = {side: _rounded(values, teacher.precision) for side, values in vectors.items()}
     absent = np.isnan(norms["image"])
     schema = features_schema(dim, dim)
     extra = [[None] * (len(captions) - 1) for captions in pairs["captions"].to_pylist()]
     columns = {
         "sample_id": pairs["sample_id"].combine_chunks(),
-        **{f"{side}_embedding": _masked(vectors[side], absent) for side in vectors},
+        **{f"{side}_embedding": _masked(rounded[side], absent) for side in vectors},
         **{f"{side}_norm": pa.array(norms[side], mask=absent) for side in vectors},
         "extra_text_embeddings": pa.array(extra, schema.field("extra_text_embeddings").type),
     }
     return pa.table({name: columns[name] for name in schema.names}, schema=schema), rejects
+
+
+def _rounded(vectors: np.ndarray, precision: StoredPrecision) -> np.ndarray:
+    """As extract rounds them, which halves the file; float32."""
+    import torch
+
+    return torch.from_numpy(vectors).to(getattr(torch, precision)).float().numpy()
 
 
 def _masked(vectors: np.ndarray, absent: np.ndarray) -> pa.FixedSizeListArray:

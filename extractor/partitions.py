@@ -16,9 +16,6 @@ from extractor.prepare import TeacherInput, restrict
 from extractor.sink import find_valid, survey_pairs
 from extractor.tending.ledger import Pairs
 
-STORED_PRECISION = "float16"
-"""Unit vectors rounded to half precision and stored as float32 compress to half the size and open everywhere."""
-
 Todo = dict[int, tuple[str, ...]]
 """Shard -> names of the teachers that still lack it."""
 
@@ -54,7 +51,7 @@ def describe_inputs(specs: list[ModelSpec], config: ExtractConfig) -> dict[str, 
                 f"Teacher {spec.name!r} has no {config.towers} tower. Leave it out, or use --towers both."
             )
         name = f"{spec.name}.{config.teacher_version}" if config.teacher_version else spec.name
-        inputs[name] = TeacherInput(spec, description, name)
+        inputs[name] = TeacherInput(spec, description, name, config.stored_precision)
     return inputs
 
 
@@ -63,7 +60,7 @@ def identity_of(teacher: TeacherInput, config: ExtractConfig) -> dict[str, Any]:
     identity = {
         **teacher.description.identity(),
         "normalised": "l2",
-        "stored_precision": STORED_PRECISION,
+        "stored_precision": config.stored_precision,
         "schema_version": SCHEMA_VERSION,
     }
     # Named only where they are not the default, so that what was extracted before they existed stays valid.

@@ -37,11 +37,19 @@ class MicroBatches:
         device: Where the model lies.
         rows: Of a pass.
         autocast: Type of the forward pass on a GPU; a CPU always computes in float32.
+        precision: What vectors are rounded to.
     """
 
-    def __init__(self, device: str, rows: int, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        device: str,
+        rows: int,
+        autocast: torch.dtype | None = None,
+        precision: torch.dtype = torch.float16,
+    ) -> None:
         self.device = device
         self.rows = rows
+        self.precision = precision
         self.count = 0
         self.on_gpu = device.startswith("cuda")
         self.autocast = autocast if self.on_gpu else None
@@ -52,7 +60,7 @@ class MicroBatches:
         """Inputs [N, ...] through a tower of width ``dim``.
 
         Returns:
-            Unit vectors rounded to half precision, float32 [N, dim]; their lengths before, float32 [N] (NaN where the
+            Unit vectors rounded to ``precision``, float32 [N, dim]; their lengths before, float32 [N] (NaN where the
             tower failed on a row by itself); and row -> what the tower said, for those.
 
         Raises:
@@ -123,7 +131,7 @@ class MicroBatches:
             out_BD = tower(batch).float()
         self.count += 1
         norm_B = out_BD.norm(dim=1)
-        return (out_BD / norm_B.clamp_min(1e-12)[:, None]).half(), norm_B
+        return (out_BD / norm_B.clamp_min(1e-12)[:, None]).to(self.precision), norm_B
 
     def _bring_back(self, begin: int, stop: int, unit_BD: torch.Tensor, norm_B: torch.Tensor) -> _Result:
         if not self.on_gpu:

@@ -19,7 +19,7 @@ from common.models.load import load_tokenizer
 from common.models.spec import Geometry, ModelDescription, ModelSpec
 from common.parquet_reading import single_chunk
 from common.views import view_boxes
-from extractor.config import DecodeLimits, DecodeMode, ViewsConfig
+from extractor.config import DecodeLimits, DecodeMode, StoredPrecision, ViewsConfig
 from extractor.decoding import PictureDecoder
 
 SCALED_MARGIN = 2
@@ -39,6 +39,8 @@ class TeacherInput:
     description: ModelDescription
     partition: str = ""
     """Name of its partition, if it is not the model's own."""
+    stored_precision: StoredPrecision = "float16"
+    """What its vectors are rounded to."""
 
     @property
     def name(self) -> str:

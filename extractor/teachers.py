@@ -61,7 +61,12 @@ class Teacher:
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self.model = load_model(teacher.spec).to(self.device)
         dtype = teacher.description.dtype
-        self.passes = MicroBatches(self.device, micro_batch, None if dtype == "float32" else getattr(torch, dtype))
+        self.passes = MicroBatches(
+            self.device,
+            micro_batch,
+            None if dtype == "float32" else getattr(torch, dtype),
+            getattr(torch, teacher.stored_precision),
+        )
         found = restrict_like(teacher.description, self.model.description).identity()
         differing = differing_keys(teacher.description.identity(), found)
         if differing:

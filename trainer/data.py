@@ -234,6 +234,7 @@ def teacher_columns(
     extra = single_chunk(table[f"{teacher}/extra_text_embeddings"])
     others = np.flatnonzero(drawn > 0)
     if len(others):
+        text_BT = text_BT.copy()
         offsets, counts = extra.offsets.to_numpy(), extra.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
         present = counts[others] >= drawn[others]
         flat_XT, has_flat_X = _vectors(extra.values)
@@ -242,8 +243,8 @@ def teacher_columns(
         index = offsets[filled] + drawn[filled] - 1
         has_text_B[filled], text_BT[filled] = has_flat_X[index], flat_XT[index]
     if f"{teacher}/image_norm" in table.column_names:
-        image_BT *= _lengths(table[f"{teacher}/image_norm"])
-        text_BT *= np.where(drawn[:, None] > 0, 1, _lengths(table[f"{teacher}/text_norm"]))
+        image_BT = image_BT * _lengths(table[f"{teacher}/image_norm"])
+        text_BT = text_BT * np.where(drawn[:, None] > 0, np.float32(1), _lengths(table[f"{teacher}/text_norm"]))
     admitted_B = table[f"{teacher}/admitted"].to_numpy()
     return {
         "image": image_BT,
@@ -270,14 +271,18 @@ def _views(lists: pa.Array, view_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 
 def _vectors(array: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """A fixed_size_list<float> column -> float32 [B, T] of its own, zero where null, and bool [B] where not null."""
+    """A fixed_size_list<float> column -> float32 [B, T], zero where null, and bool [B] where not null.
+
+    The former may be the column's own memory.
+    """
     present = array.is_valid().to_numpy(zero_copy_only=False).copy()
     width = array.type.list_size
     # `values` is the whole child array, nulls' slots included; a slice has to be cut out by hand.
     flat = array.values.slice(array.offset * width, len(array) * width)
     # Its numbers are never null (common.schemas), so the buffer is the vectors; beneath a null list lies anything.
-    dense = np.frombuffer(flat.buffers()[1], np.float32, len(flat), 4 * flat.offset).reshape(len(array), width).copy()
-    dense[~present] = 0
+    dense = np.frombuffer(flat.buffers()[1], np.float32, len(flat), 4 * flat.offset).reshape(len(array), width)
+    if dense[~present].any():
+        dense = np.where(present[:, None], dense, np.float32(0))
     return dense, present
 
 

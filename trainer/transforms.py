@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from common.images import ExactResize, fit
+from common.images import fit
 from common.models.spec import Geometry
 
 
@@ -32,4 +32,4 @@ def training_view(
     image: Image.Image, geometry: Geometry, least_area: float, generator: np.random.Generator
 ) -> np.ndarray:
     """A random crop in the student's geometry: uint8 [size, size, 3]."""
-    return fit(random_crop(image, least_area, generator), geometry, ExactResize())
+    return fit(random_crop(image, least_area, generator), geometry)

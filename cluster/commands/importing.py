@@ -9,7 +9,7 @@ import typer
 from cluster.commands.options import ConfigFile, Overrides, PrintConfig, show_config, split_names
 from cluster.session import ray_session
 from common.config import load_config
-from extractor.config import IngestConfig
+from extractor.config import IngestConfig, StoredPrecision
 
 import_app = typer.Typer(no_args_is_help=True, help="Bring in embeddings that others computed.")
 
@@ -27,6 +27,9 @@ def mmkd_features(
     projected: Annotated[
         bool, typer.Option("--projected", help="Take the vectors that the authors projected into one space.")
     ] = False,
+    stored_precision: Annotated[
+        StoredPrecision, typer.Option(help="What vectors are rounded to; bfloat16 takes a fifth less.")
+    ] = "float16",
     config: ConfigFile = None,
     overrides: Overrides = None,
     print_config: PrintConfig = False,
@@ -47,7 +50,8 @@ def mmkd_features(
 
     find_table(folder)  # before Ray starts, so that a wrong folder is told at once
     with ray_session():
-        from extractor.importing import import_features
+        from extractor.importing import Version, import_features
 
         terms = split_names(accept_terms) or ()
-        import_features(folder, lake, settings, terms, "projected" if projected else "imported")
+        version: Version = "projected" if projected else "imported"
+        import_features(folder, lake, settings, terms, version, stored_precision)

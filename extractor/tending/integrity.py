@@ -18,7 +18,7 @@ from common.shard_files import UNREADABLE, DamagedFileError, ShardFacts, ShardFi
 from common.storage import Storage
 
 UNIT_TOLERANCE = 2e-3
-"""How far from 1 a stored vector's length may be: rounding to half precision moves it by some 0.0005 at most."""
+"""How far from 1 a stored vector's length may be: rounding to bfloat16 moves it by 2 ** -9 at most."""
 
 
 class Fault(NamedTuple):

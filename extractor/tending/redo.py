@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from common.errors import MmkdError
 from common.lake import open_lake
 from common.models.load import read_catalog
 from common.models.spec import ModelSpec
-from extractor.config import ViewsConfig
+from extractor.config import StoredPrecision, ViewsConfig
 
 
 def redo_commands(lake_uri: str, teachers: Iterable[str]) -> list[str]:
@@ -31,7 +31,9 @@ def redo_commands(lake_uri: str, teachers: Iterable[str]) -> list[str]:
         identity, spec = manifest.get("fingerprint", {}), manifest.get("spec", {})
         if identity.get("family") == "imported":
             projected = " --projected" if "project" in identity.get("file", "") else ""
-            imported.append(f"mmkd import mmkd-features DIR {place}{projected}")
+            precision = identity.get("stored_precision")
+            rounded = f" --stored-precision {precision}" if precision in get_args(StoredPrecision)[1:] else ""
+            imported.append(f"mmkd import mmkd-features DIR {place}{projected}{rounded}")
         else:
             way = " ".join(map(shlex.quote, _options(teacher, manifest)))
             extracted.setdefault(way, []).append(_reference(spec, manifest.get("catalog")) if spec else teacher)
@@ -61,6 +63,8 @@ def _options(teacher: str, manifest: Mapping[str, Any]) -> list[str]:
             options += ["--views", str(value)]
         elif value != usual.get(key):
             options += ["--set", f"views.{key}={value}"]
+    if identity.get("stored_precision") in get_args(StoredPrecision)[1:]:
+        options += ["--set", f"stored_precision={identity['stored_precision']}"]
     if "decode" in identity:
         options += ["--set", f"decode={identity['decode']}"]
     return options

@@ -10,7 +10,7 @@ pictures and for captions, and a mask. Pictures are left out, since all have the
 Rates are taken twice: per CPU second with every file in memory, and by the clock with none there, as when millions of
 samples come round once an epoch. Sizes are compared twice: with that one file, and with the two that the authors
 distribute for a sample, of which the second holds the same vectors in their common space. From a lake those come by the
-maps that ``mmkd align`` keeps.
+maps that ``mmkd align`` keeps. One more size is of a lake extracted with ``stored_precision=bfloat16``.
 """
 
 import argparse
@@ -38,6 +38,14 @@ SHARD_ROWS = 1024
 COMMON_WIDTH = 512
 """Of the space of MMKD-CLIP's projected features."""
 LEAST_RATIO, MOST_BYTES = 20.0, 1 / 3
+
+
+def rounded(sides: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors in bfloat16, as float32."""
+    import torch
+
+    image, text = (torch.from_numpy(side).bfloat16().float().numpy() for side in sides)
+    return image, text
 
 
 def vectors(rows: int) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], dict[str, np.ndarray]]:
@@ -104,14 +112,19 @@ def write_shard(
         lake.storage.write_table(f"selection/sel/teacher={name}/{shard_name(shard)}", selected)
 
 
-def write_lake(folder: Path, found: dict[str, tuple[np.ndarray, np.ndarray]], masks: dict[str, np.ndarray]) -> str:
+def write_lake(
+    folder: Path,
+    found: dict[str, tuple[np.ndarray, np.ndarray]],
+    masks: dict[str, np.ndarray],
+    name: str = "lake",
+) -> str:
     """The same as a lake, by the functions that extract and select write with."""
     import pyarrow as pa
 
     from common.lake import create_lake, shard_name
     from common.schemas import PAIRS
 
-    lake = create_lake(str(folder / "lake"), SHARD_ROWS)
+    lake = create_lake(str(folder / name), SHARD_ROWS)
     rows = len(next(iter(masks.values())))
     fixed = {
         "image": b"",
@@ -212,6 +225,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Comparison]
     found, masks = vectors(options.rows)
     write_files(folder, found, masks)
     lake = write_lake(folder, found, masks)
+    write_lake(folder, {name: rounded(sides) for name, sides in found.items()}, masks, "coarse")
     ways = {
         "one .pt a sample": lambda: read_files(folder),
         "tars of .pt": lambda: read_tars(folder),
@@ -240,12 +254,14 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Comparison]
 
     for measured in (time_way, time_from_disk):
         in_turn(options.runs, {way: partial(measured, way) for way in ways})
-    shards = "lake/features/**/*.parquet"
+    shards, coarse = "lake/features/**/*.parquet", "coarse/features/**/*.parquet"
     for comparison, way, pattern in (
         (size, "one .pt a sample", "files/*/clips_output.pt"),
         (size, "tars of .pt", "*.tar"),
+        (size, "aligned shards, bfloat16", coarse),
         (size, "aligned shards", shards),
         (distributed, "two .pt a sample", "files/*/*.pt"),
+        (distributed, "aligned shards, bfloat16", coarse),
         (distributed, "aligned shards", shards),
     ):
         comparison.add(way, sum(file.stat().st_size for file in folder.glob(pattern)) / options.rows / 1e3)

@@ -16,7 +16,7 @@ COMMON = {"--config", "--set", "--print-config"}
 SURFACE = {
     "demo": {"--lake", "--pairs", "--teachers", "--catalog", "--seed"} | COMMON,
     "ingest": {"--format", "--image-column", "--caption-column", "--max-side"} | COMMON,
-    "import mmkd-features": {"--accept-terms", "--projected"} | COMMON,
+    "import mmkd-features": {"--accept-terms", "--projected", "--stored-precision"} | COMMON,
     "plan": {
         "--teachers",
         "--catalog",

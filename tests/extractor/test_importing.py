@@ -225,6 +225,16 @@ def test_a_shard_holds_what_the_files_hold_and_nulls_elsewhere(published, tmp_pa
     assert rejects["sample_id"].to_pylist() == ["id-2", "id-3", "id-4"]
 
 
+def test_vectors_are_rounded_to_the_precision_that_is_asked_for(published, tmp_path):
+    published.add("one", speaking("PLIP", seed=1))
+    lake, teacher = lake_of(tmp_path, published.table), Imported("PLIP", 8, precision="bfloat16")
+    import_shard(lake, 0, published.table, [teacher])
+    stored = np.array(lake.read_features("plip.imported", 0)["image_embedding"][0].as_py(), np.float32)
+    np.testing.assert_array_equal(stored, unit(8, 100).bfloat16().float().numpy())
+    assert find_valid(lake, "plip.imported", teacher.identity) == {0}
+    assert find_valid(lake, "plip.imported", Imported("PLIP", 8).identity) == set()
+
+
 def test_every_teacher_speaks_where_it_has_vectors(published, tmp_path):
     published.add("both", speaking("PLIP", "QuiltNet", seed=1))
     published.add("one", speaking("PLIP", seed=2))

@@ -34,6 +34,13 @@ def test_every_pass_has_one_shape_and_every_input_its_vector():
     assert (vectors == vectors.astype(np.float16)).all()  # rounded to half precision
 
 
+def test_another_precision():
+    vectors, _, _ = MicroBatches("cpu", 4, precision=torch.bfloat16).run(tower, INPUTS, 2)
+    np.testing.assert_allclose(vectors, expected(), rtol=2**-8)
+    np.testing.assert_array_equal(vectors, torch.from_numpy(vectors).bfloat16().float().numpy())
+    assert not (vectors == expected().astype(np.float16)).all()
+
+
 def test_nothing_in_gives_nothing():
     vectors, norms, failures = MicroBatches("cpu", 4).run(tower, INPUTS[:0], 2)
     assert (vectors.shape, norms.shape, failures) == ((0, 2), (0,), {})

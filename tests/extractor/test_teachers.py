@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -119,6 +121,19 @@ def test_rows_are_aligned_unit_and_of_the_agreed_types(make_lake, tmp_path, fold
     assert embedded.features["sample_id"].equals(lake.read_pairs(0)["sample_id"])
     np.testing.assert_allclose(np.linalg.norm(vectors(embedded.features["image_embedding"]), axis=1), 1, atol=2e-3)
     assert (np.array(embedded.features["image_norm"].to_pylist()) > 0).all()
+
+
+def test_vectors_are_rounded_to_the_precision_that_is_asked_for(make_lake, tmp_path, folders):
+    table = prepare_shard(make_lake(tmp_path / "lake", rows=7), folders)
+    item = teacher_input(folders["a"])
+    fine, coarse = (
+        torch.from_numpy(vectors(Teacher(one, micro_batch=4).embed(table).features["image_embedding"]))
+        for one in (item, dataclasses.replace(item, stored_precision="bfloat16"))
+    )
+    assert torch.equal(fine, fine.half().float())
+    assert torch.equal(coarse, coarse.bfloat16().float())
+    assert not torch.equal(fine, coarse)
+    torch.testing.assert_close(coarse, fine, rtol=2**-8, atol=0)
 
 
 def test_shards_larger_than_the_micro_batch_are_embedded_whole(make_lake, tmp_path, folders):

@@ -52,10 +52,10 @@ def test_it_names_places_recipes_and_versions(lake, record):
 
 
 def test_it_says_how_a_partition_was_extracted(lake, record):
-    views = {"count": 4, "least_area": 0.25, "seed": 0}
+    views, rounded = {"count": 4, "least_area": 0.25, "seed": 0}, {"stored_precision": "bfloat16"}
     teachers = [
         record("plip"),
-        record("quilt-b32", {"image_dim": 16, "text_dim": None, "views": views, "decode": "fast"}),
+        record("quilt-b32", {"image_dim": 16, "text_dim": None, "views": views, "decode": "fast", **rounded}),
         record("pubmedclip", {"image_dim": None, "text_dim": 16}),
     ]
     found = [settings_of(command) for command in redo_commands(lake.uri, teachers)]
@@ -64,6 +64,7 @@ def test_it_says_how_a_partition_was_extracted(lake, record):
         (("quilt-b32",), "image", "fast"),
         (("pubmedclip",), "text", "exact"),
     ]
+    assert [one.stored_precision for one in found] == ["float16", "bfloat16", "float16"]
     assert [one.views.model_dump() for one in found] == [
         ExtractConfig().views.model_dump(),
         views,
@@ -87,7 +88,11 @@ def test_what_was_imported_is_imported_again(lake, record):
         record(one.partition, one.identity, {})
         for one in (Imported("PLIP", 512), Imported("BiomedCLIP", 512), Imported("PLIP", 512, "projected"))
     ]
+    coarser = record("quiltnet.imported", Imported("QuiltNet", 512, precision="bfloat16").identity, {})
     assert redo_commands(lake.uri, teachers) == [
         f"mmkd import mmkd-features DIR '{lake.uri}'",
         f"mmkd import mmkd-features DIR '{lake.uri}' --projected",
+    ]
+    assert redo_commands(lake.uri, [coarser]) == [
+        f"mmkd import mmkd-features DIR '{lake.uri}' --stored-precision bfloat16"
     ]
