@@ -1,4 +1,4 @@
-"""Decoding of the lake's columns of vectors, in two thirds of the time that Arrow's reader of nested lists takes.
+"""Decoding of the lake's columns of vectors, faster than by Arrow's reader of nested lists (docs/benchmarks.md).
 
 Arrow assembles lists from two streams of levels, number by number. The lake's vectors are all of one width, so the
 levels only say which rows are null, and the numbers can be put together by byte plane in whole pages. Whatever looks
