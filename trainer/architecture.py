@@ -18,7 +18,8 @@ from common.config import fingerprint
 from common.errors import ModelError, TrainError
 from common.models.architectures import read_architecture as packaged_architecture
 from common.models.files import TOKENIZER_FILES, cache_folder, hub_snapshot
-from common.models.spec import OPENAI_MEAN, OPENAI_STD, Geometry
+from common.models.open_clip import load_tokenizer as open_clip_tokenizer
+from common.models.spec import OPENAI_MEAN, OPENAI_STD, Geometry, ModelSpec
 from common.models.tokenizing import loadable_folder
 from common.storage import Storage
 
@@ -186,12 +187,8 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_tokenizer(architecture: Architecture) -> Callable[[list[str]], np.ndarray]:
-    """The student's tokenizer: captions -> int32 token ids [B, context length], padded and cut as open_clip does."""
-    import open_clip
+    """The student's tokenizer: captions -> int32 token ids [B, context length], padded and cut as open_clip does.
 
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{architecture.local_folder()}")
-
-    def tokenize(captions: list[str]) -> np.ndarray:
-        return np.asarray(tokenizer(captions).numpy(), dtype=np.int32)
-
-    return tokenize
+    As teachers' tokenizers it imports no torch, of which a process that decodes would have no other use.
+    """
+    return open_clip_tokenizer(ModelSpec(name="student", path=str(architecture.local_folder())))

@@ -33,6 +33,9 @@ CLIP_WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 CLIP_MARKS = ("<start_of_text>", "<end_of_text>")
 PLAIN_CLASSES = {"bert": "BertTokenizer", "clip": "CLIPTokenizer"}
 """Model type of a ``config.json`` -> the class that ``AutoTokenizer`` would choose when the folder names no other."""
+GENERIC_CLASS = "TokenizersBackend"
+"""What runs any ``tokenizer.json``; up to transformers 4 it is called by the other of its names."""
+GENERIC_NAMES = (GENERIC_CLASS, "PreTrainedTokenizerFast")
 
 
 def clean_text(caption: str) -> str:
@@ -103,11 +106,21 @@ def pretrained_tokenizer(folder: Path, **settings: Any) -> Any:
 
 
 def _plain_class(folder: Path) -> str | None:
-    """The one class that both of a folder's files agree on; None where it takes ``AutoTokenizer`` to tell."""
+    """The one class that both of a folder's files agree on; None where it takes ``AutoTokenizer`` to tell.
+
+    A folder without ``config.json``, as a student's, has only one to ask.
+    """
     stated = _json(folder / "tokenizer_config.json")
+    if "auto_map" in stated:
+        return None
+    full = str(stated.get("tokenizer_class", ""))
+    named = full.removesuffix("Fast")
+    if not (folder / "config.json").exists():
+        if full in GENERIC_NAMES:
+            return GENERIC_CLASS
+        return named if named in PLAIN_CLASSES.values() else None
     expected = PLAIN_CLASSES.get(_json(folder / "config.json").get("model_type", ""))
-    named = str(stated.get("tokenizer_class", "")).removesuffix("Fast")
-    return expected if expected == named and "auto_map" not in stated else None
+    return expected if expected == named else None
 
 
 def _json(file: Path) -> dict[str, Any]:

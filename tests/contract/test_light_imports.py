@@ -14,6 +14,7 @@ LIGHT = (
     "common.storage",
     "extractor.config",
     "trainer.config",
+    "trainer.data",
 )
 
 

@@ -1,5 +1,8 @@
 """The student: raw pixels in, unit vectors out; its weights are open_clip's own."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +85,23 @@ def test_the_tokenizer_travels_with_the_architecture(student):
     assert tokens.shape == (2, 12)
     assert tokens[0].tolist() == [6, 3, 15, *[0] * 9]
     assert tokens[1, -1] == 15  # cut, and still ended
+
+
+@pytest.mark.parametrize("of_its_own", [True, False])
+def test_token_ids_are_open_clips_and_take_no_torch(student_folder, of_its_own):
+    import open_clip
+
+    architecture = read_architecture(Storage(str(student_folder))) if of_its_own else resolve_architecture("ViT-B-32")
+    texts = ["a Chest X-ray &amp; more", "normal " * 200, "", "na\u00efve 5 \u00b5m"]
+    stock = open_clip.get_tokenizer(f"local-dir:{architecture.local_folder()}")
+    np.testing.assert_array_equal(load_tokenizer(architecture)(texts), stock(texts).numpy())
+    code = (
+        "import sys; from common.storage import Storage; from trainer.architecture import *; "
+        f"load_tokenizer(read_architecture(Storage({str(architecture.local_folder())!r})))(['a']); "
+        "print([name for name in ('torch', 'open_clip') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_unknown_architectures_and_empty_folders_are_named(tmp_path):

@@ -101,24 +101,37 @@ def test_word_pieces_of_a_folder_are_open_clips(bert_folder, monkeypatch, tmp_pa
             None,
         ),
         ({}, {}, None),
+        ({}, {"tokenizer_class": "TokenizersBackend"}, None),
+        (None, {"tokenizer_class": "BertTokenizerFast"}, "BertTokenizer"),
+        (None, {"tokenizer_class": "CLIPTokenizer"}, "CLIPTokenizer"),
+        (None, {"tokenizer_class": "PreTrainedTokenizerFast"}, "TokenizersBackend"),
+        (None, {"tokenizer_class": "TokenizersBackend", "auto_map": {}}, None),
+        (None, {"tokenizer_class": "SiglipTokenizer"}, None),
+        (None, {}, None),
     ],
 )
 def test_only_a_folder_whose_files_agree_is_spared_auto_tokenizer(tmp_path, config, stated, loaded):
     from common.models import tokenizing
 
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(stated))
     assert tokenizing._plain_class(tmp_path) == loaded
 
 
-def test_what_a_plain_class_loads_is_what_auto_tokenizer_loads(bert_folder, tmp_path):
+@pytest.mark.parametrize("chosen", ["BertTokenizer", "TokenizersBackend", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("with_config", [True, False])
+def test_what_a_plain_class_loads_is_what_auto_tokenizer_loads(bert_folder, tmp_path, chosen, with_config):
     from transformers import AutoTokenizer, BertTokenizer
 
     BertTokenizer(vocab=str(bert_folder / "vocab.txt"), do_lower_case=True).save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    stated = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**stated, "tokenizer_class": chosen}))
+    if with_config:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     captions = _captions(300, seed=2)
     mine, theirs = pretrained_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    assert type(mine) is type(theirs) is BertTokenizer
+    assert type(mine) is type(theirs)
     assert padded(mine, 32)(captions).tolist() == padded(theirs, 32)(captions).tolist()
 
 
