@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     import ray
 
 SEGMENTS_PER_DATASET = 2000
-BLOCKS_AHEAD = 8
+BLOCKS_AHEAD = 4
 """What Ray may hold of a worker's blocks beside two for each decode task. Without a limit it takes a good part
 of the object store for each worker, whatever the others take."""
-LEAST_AHEAD = 256 << 20
+LEAST_AHEAD = 128 << 20
 """Bytes: small blocks may be more."""
 READERS = 2  # one ahead, so that a new window does not make the decoders wait
 
