@@ -27,7 +27,7 @@ from extractor.partitions import (
 from extractor.placement import TeacherPlacement, place, read_cluster
 from extractor.planning.plan import make_plan
 from extractor.planning.survey import Survey
-from extractor.pools import QUEUE, TeacherPool, wait_until_seated
+from extractor.pools import QUEUE, TeacherPool, start_pools, wait_until_seated
 from extractor.prepare import Prepare, TeacherInput
 from extractor.sink import record_valid
 from extractor.stopping import StopSignals
@@ -191,15 +191,11 @@ class Engine:
         actors = sum(placement.actors for placement in placements.values())
         cpus = int(ray.cluster_resources().get("CPU", 1))
         threads = self.config.hardware.threads or max(1, cpus // actors)
-        return {
-            name: TeacherPool(
-                name,
-                self.kind,
-                (self.inputs[name], "auto", placement.micro_batch or self.config.micro_batch, threads),
-                placement,
-            )
+        arguments = {
+            name: (self.inputs[name], "auto", placement.micro_batch or self.config.micro_batch, threads)
             for name, placement in placements.items()
         }
+        return start_pools(placements, self.kind, arguments)
 
     def _remember(self, written: dict[str, dict[int, int]]) -> None:
         """Spare the next run a look into the files of this one; that this fails must hide no other error."""

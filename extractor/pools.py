@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
 import ray
 
 from common.errors import ModelError
 from common.logs import logger
 from extractor.placement import TeacherPlacement, ray_options
+from extractor.teachers import Embedded
 
 PATIENCE_SECONDS = 30
 """Between two lines that say what is being waited for."""
 QUEUE = 2
 """Shards an actor may hold: one at work, one that is there when it is done."""
+SEAT_SECONDS = 30
+"""How long actors that share GPUs are placed one after the other; then the rest is placed all at once."""
 MAX_FAILED_STARTS = 3
 """So often in a row may an actor's process die while it loads; its place is given up then."""
 OWN_ERROR = "common.errors."
@@ -35,11 +39,39 @@ class Job:
     attempts: int = 0
 
 
+class TeacherProcess:
+    """What runs in an actor's process: it is there before it loads the model, so that its GPUs are known early.
+
+    Args:
+        kind: Of the teacher, with ``describe_scale`` and ``embed``; such as :class:`extractor.teachers.Teacher`.
+        arguments: Of its constructor.
+    """
+
+    def __init__(self, kind: type, arguments: tuple[Any, ...]) -> None:
+        self._kind, self._arguments = kind, arguments
+        self._teacher: Any = None
+
+    def gpus(self) -> list[int]:
+        """Numbers, on its machine, of the GPUs that Ray gave to the process."""
+        return [int(number) for number in ray.get_gpu_ids()]
+
+    def load(self) -> float | None:
+        """Load the model; its logit scale, or None for an image encoder."""
+        self._teacher = self._kind(*self._arguments)
+        return self._teacher.describe_scale()
+
+    def embed(self, prepared: pa.Table) -> Embedded:
+        """One prepared shard through the teacher."""
+        return self._teacher.embed(prepared)
+
+
 @dataclass
 class Seat:
     """One actor's place: a process that is loading, at work, or being replaced."""
 
     actor: Any
+    placed: Any
+    """Reference that is ready when the process is there, with the numbers of its GPUs."""
     loading: Any
     """Reference that is ready when the weights are; None from then on."""
     jobs: dict[int, float] = field(default_factory=dict)
@@ -54,7 +86,7 @@ class TeacherPool:
 
     Args:
         name: Of the teacher.
-        kind: Actor class with ``describe_scale``, ``where`` and ``embed``; such as :class:`extractor.teachers.Teacher`.
+        kind: Of the teacher; see :class:`TeacherProcess`.
         arguments: Of its constructor.
         placement: How many actors, and what each holds.
     """
@@ -63,9 +95,9 @@ class TeacherPool:
         self.name = name
         # A class of its own name, so that `ray status` and the dashboard tell the teachers apart. Ray's own restarts
         # are off: what died is seen and counted here, and its shard goes to whoever is free.
-        remote: Any = ray.remote(type(f"Teacher_{name}", (kind,), {}))
-        self._kind = remote.options(**ray_options(placement), max_restarts=0, max_task_retries=0)
-        self._arguments = arguments
+        remote: Any = ray.remote(type(f"Teacher_{name}", (TeacherProcess,), {}))
+        self._process = remote.options(**ray_options(placement), max_restarts=0, max_task_retries=0)
+        self._arguments = (kind, arguments)
         self.micro_batch: int = arguments[2]
         self.gpus = placement.gpus or 0.0
         """Of each actor."""
@@ -81,8 +113,8 @@ class TeacherPool:
         self.reasons: Counter[str] = Counter()
 
     def _start(self) -> Seat:
-        actor = self._kind.remote(*self._arguments)
-        return Seat(actor, actor.describe_scale.remote())
+        actor = self._process.remote(*self._arguments)
+        return Seat(actor, actor.gpus.remote(), actor.load.remote())
 
     @property
     def waiting(self) -> list[Any]:
@@ -117,11 +149,11 @@ class TeacherPool:
         if seat not in self.seats:
             return  # noticed before, by another of its shards
         seat.died_at = next(iter(seat.jobs), None)
-        ray.kill(seat.actor)
         self._replace(seat, 0, "it died at work")
 
     def _replace(self, seat: Seat, failed_starts: int, why: str) -> None:
         self.restarts += 1
+        ray.kill(seat.actor)
         self.seats.remove(seat)
         if failed_starts < MAX_FAILED_STARTS:
             logger.warning("extract: another process of teacher %s is being started: %s", self.name, why)
@@ -147,6 +179,31 @@ class TeacherPool:
         for seat in self.seats:
             ray.kill(seat.actor)
         self.seats = []
+
+
+def start_pools(
+    placements: Mapping[str, TeacherPlacement], kind: type, arguments: Mapping[str, tuple[Any, ...]]
+) -> dict[str, TeacherPool]:
+    """Start every teacher's actors, in the order of ``placements``.
+
+    Ray puts a share of a GPU on the fullest one with room, so who sits beside whom depends on who comes first, and of
+    requests made at once Ray may serve a later one first. Where there are several GPUs to share, each teacher is
+    therefore placed before the next is asked for; models load meanwhile.
+
+    Args:
+        placements: See :func:`extractor.placement.place`.
+        kind: Of the teachers; see :class:`TeacherProcess`.
+        arguments: Teacher -> arguments of its constructor.
+    """
+    deadline = time.monotonic() + SEAT_SECONDS
+    in_turn = ray.cluster_resources().get("GPU", 0) > 1 and any(0 < (one.gpus or 0) < 1 for one in placements.values())
+    pools: dict[str, TeacherPool] = {}
+    for name, placement in placements.items():
+        pools[name] = TeacherPool(name, kind, arguments[name], placement)
+        if in_turn and placement.gpus:
+            placed = [seat.placed for seat in pools[name].seats]
+            ray.wait(placed, num_returns=len(placed), timeout=max(0.0, deadline - time.monotonic()))
+    return pools
 
 
 def wait_until_seated(pools: dict[str, TeacherPool], stopped: Callable[[], object]) -> None:

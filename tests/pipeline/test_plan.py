@@ -37,23 +37,25 @@ app(standalone_mode=False)
 """
 
 SEATS = """
-from extractor.placement import place, ray_options, read_cluster
+from extractor.placement import place, read_cluster
 from extractor.planning.split import split_gpus
+from extractor.pools import start_pools
 
-@ray.remote
-class Actor:
-    def seat(self):
-        return ray.get_gpu_ids()[0]
+class Model:
+    def __init__(self, *_):
+        pass
+
+    def describe_scale(self):
+        return 1.0
 
 def seats(placements):
-    actors = [(name, Actor.options(**ray_options(one)).remote())
-              for name, one in placements.items() for _ in range(one.actors)]
-    waiting = [actor.seat.remote() for _, actor in actors]
-    ready, late = ray.wait(waiting, num_returns=len(waiting), timeout=60)
+    pools = start_pools(placements, Model, {name: ("no input", "auto", 1) for name in placements})
+    waiting = [(name, seat.placed) for name, pool in pools.items() for seat in pool.seats]
+    ready, late = ray.wait([placed for _, placed in waiting], num_returns=len(waiting), timeout=60)
     assert not late, f"{len(late)} actors found no place"
-    found = [(name, ray.get(seat)) for (name, _), seat in zip(actors, waiting)]
-    for _, actor in actors:
-        ray.kill(actor)
+    found = [(name, *ray.get(placed)) for name, placed in waiting]
+    for pool in pools.values():
+        pool.close()
     while ray.available_resources().get("GPU", 0) < ray.cluster_resources()["GPU"]:
         time.sleep(0.1)
     return found
