@@ -27,13 +27,11 @@ REQUEST_BYTES = 64 << 20
 """Greatest size of one request."""
 
 
-class RangedFile(io.RawIOBase):
-    """A stored file as Arrow reads one: each read asks for exactly its range, unless it was fetched before."""
+class _SizedFile(io.RawIOBase):
+    """What Arrow asks of a file before it reads."""
 
-    def __init__(self, storage: Storage, relative: str, size: int) -> None:
-        self.storage, self.relative, self.size = storage, relative, size
-        self.position = 0
-        self.fetched: list[tuple[int, memoryview]] = []
+    def __init__(self, size: int) -> None:
+        self.size, self.position = size, 0
 
     def readable(self) -> bool:
         """Always."""
@@ -52,6 +50,15 @@ class RangedFile(io.RawIOBase):
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
         self.position = base + offset
         return self.position
+
+
+class RangedFile(_SizedFile):
+    """A stored file as Arrow reads one: each read asks for exactly its range, unless it was fetched before."""
+
+    def __init__(self, storage: Storage, relative: str, size: int) -> None:
+        super().__init__(size)
+        self.storage, self.relative = storage, relative
+        self.fetched: list[tuple[int, memoryview]] = []
 
     def read(self, size: int = -1) -> bytes:
         """Up to ``size`` bytes from here on, in one request."""
@@ -138,7 +145,7 @@ def read_columns(
                 pq.ParquetFile(local, metadata=footer, pre_buffer=False) as file,
             ):
                 _insist_on(columns, file.metadata, relative)
-                return _read(file, local, columns, _groups(file.metadata, groups))
+                return _read(file, local, size, columns, _groups(file.metadata, groups))
         except OSError as error:
             if error.errno is None:  # Arrow's own, about the content
                 raise
@@ -147,9 +154,10 @@ def read_columns(
     source = RangedFile(storage, relative, size)
     footer = footer or pq.read_metadata(source)
     _insist_on(columns, footer, relative)
-    source.fetch(_chunks(footer, columns, _groups(footer, groups)))
+    groups = _groups(footer, groups)
+    source.fetch(_places(ChunkFinder(footer, size), columns, groups))
     with pq.ParquetFile(source, metadata=footer, pre_buffer=False) as file:
-        return _read(file, source, columns, _groups(footer, groups))
+        return _read(file, source, size, columns, groups)
 
 
 def single_chunk(column: pa.ChunkedArray) -> pa.Array:
@@ -157,45 +165,89 @@ def single_chunk(column: pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
+class ChunkFinder(_SizedFile):
+    """Where the columns' parts lie in a file, by asking Arrow to read them from here, which has nothing to read.
+
+    A footer also tells it by itself. But pyarrow 26 lets no exception of Arrow's through where it is asked about a
+    part, and with one flipped bit in the wrong place the process ends with ``terminate called``. Arrow's readers check
+    the same, and raise.
+
+    Args:
+        footer: Of the file.
+        size: Of the file in bytes.
+    """
+
+    class FoundError(Exception):
+        """Arrow wants to read."""
+
+    def __init__(self, footer: pq.FileMetaData, size: int) -> None:
+        super().__init__(size)
+        self.footer = footer
+        self._reader = pq.ParquetFile(self, metadata=footer, pre_buffer=False).reader
+        self.leaves = [footer.schema.column(leaf).path for leaf in range(footer.num_columns)]
+        """Paths of all columns of numbers, such as ``image_embedding.list.element``."""
+
+    def read(self, size: int = -1) -> bytes:
+        """Nothing: what is asked for is all there is to know."""
+        raise self.FoundError(self.position, self.position + size)
+
+    def find(self, group: int, leaf: int) -> tuple[int, int] | None:
+        """Begin and end of a column's part in a row group; None if it has none, since the group has no rows.
+
+        Raises:
+            OSError, pyarrow.ArrowException: The footer is damaged there.
+        """
+        try:
+            next(self._reader.iter_batches(1, row_groups=[group], column_indices=[leaf], use_threads=False), None)
+        except self.FoundError as found:
+            return found.args
+        return None
+
+
 def _read(
-    file: pq.ParquetFile, source: pa.OSFile | RangedFile, columns: list[str] | None, groups: list[int]
+    file: pq.ParquetFile, source: pa.OSFile | RangedFile, size: int, columns: list[str] | None, groups: list[int]
 ) -> pa.Table:
     """Columns of row groups of an opened file, vectors by our own decoder where it knows their layout."""
     schema = file.schema_arrow
-    names = [name for name in schema.names if columns is None or name in columns]
-    decoded = {name: _vectors(file, source, schema.field(name), groups) for name in names}
-    others = [name for name in names if decoded[name] is None]
-    if len(others) == len(names):
+    wanted = schema.names if columns is None else list(dict.fromkeys(columns))
+    decoded: dict[str, pa.ChunkedArray] = {}
+    if len(set(schema.names)) == len(schema.names):  # else Arrow tells those of one name apart
+        vectors = [schema.field(name) for name in wanted if is_vectors(schema.field(name).type)]
+        decoded = _vectors(ChunkFinder(file.metadata, size), source, vectors, groups) if vectors else {}
+    if not decoded:
         return file.read_row_groups(groups, columns, use_threads=False)
-    read = file.read_row_groups(groups, others, use_threads=False) if others else None
-    arrays = [read[name] if read is not None and name in others else decoded[name] for name in names]
-    kept = pa.schema([schema.field(name) for name in names], metadata=schema.metadata)
-    return pa.Table.from_arrays(arrays, schema=kept)
+    arrays = dict(decoded)
+    if others := [name for name in wanted if name not in decoded]:
+        read = file.read_row_groups(groups, others, use_threads=False)
+        arrays.update({name: read[name] for name in others})
+    kept = pa.schema([schema.field(name) for name in wanted], metadata=schema.metadata)
+    return pa.Table.from_arrays([arrays[name] for name in wanted], schema=kept)
 
 
 def _vectors(
-    file: pq.ParquetFile, source: pa.OSFile | RangedFile, field: pa.Field, groups: list[int]
+    finder: ChunkFinder, source: pa.OSFile | RangedFile, fields: list[pa.Field], groups: list[int]
+) -> dict[str, pa.ChunkedArray]:
+    """Columns of vectors, a chunk for each row group; without those that Arrow is to read."""
+    found = {field.name: _vector_column(finder, source, field, groups) for field in fields}
+    return {name: column for name, column in found.items() if column is not None}
+
+
+def _vector_column(
+    finder: ChunkFinder, source: pa.OSFile | RangedFile, field: pa.Field, groups: list[int]
 ) -> pa.ChunkedArray | None:
-    """A column of vectors, a chunk for each row group; None where Arrow is to read it."""
-    footer = file.metadata
-    if not is_vectors(field.type):
-        return None
-    paths = [footer.schema.column(leaf).path for leaf in range(footer.num_columns)]
-    leaf = paths.index(f"{field.name}.list.element") if f"{field.name}.list.element" in paths else None
-    if leaf is None:
+    path, footer = f"{field.name}.list.element", finder.footer
+    leaf = finder.leaves.index(path) if path in finder.leaves else None
+    if leaf is None or not expects(footer.schema.column(leaf)):
         return None
     arrays = []
     for group in groups:
-        chunk = footer.row_group(group).column(leaf)
-        if not expects(chunk, footer.schema.column(leaf)):
+        place = finder.find(group, leaf)
+        if place is None:
             return None
-        source.seek(chunk.data_page_offset)
+        source.seek(place[0])
+        pages = memoryview(source.read(place[1] - place[0]))
         try:
-            arrays.append(
-                decode_vectors(
-                    memoryview(source.read(chunk.total_compressed_size)), footer.row_group(group).num_rows, field.type
-                )
-            )
+            arrays.append(decode_vectors(pages, footer.row_group(group).num_rows, field.type))
         except OtherLayoutError:
             return None
     return pa.chunked_array(arrays, field.type)
@@ -213,13 +265,8 @@ def _groups(footer: pq.FileMetaData, groups: list[int] | None) -> list[int]:
     return list(range(footer.num_row_groups)) if groups is None else groups
 
 
-def _chunks(footer: pq.FileMetaData, columns: list[str] | None, groups: list[int]) -> list[tuple[int, int]]:
+def _places(finder: ChunkFinder, columns: list[str] | None, groups: list[int]) -> list[tuple[int, int]]:
     """Where the columns' bytes lie in the file."""
-    found = []
-    for group in groups:
-        for index in range(footer.num_columns):
-            chunk = footer.row_group(group).column(index)
-            if columns is None or chunk.path_in_schema.split(".", 1)[0] in columns:
-                begin = min(x for x in (chunk.data_page_offset, chunk.dictionary_page_offset) if x)
-                found.append((begin, begin + chunk.total_compressed_size))
-    return found
+    wanted = [leaf for leaf, path in enumerate(finder.leaves) if columns is None or path.split(".", 1)[0] in columns]
+    found = (finder.find(group, leaf) for group in groups for leaf in wanted)
+    return [place for place in found if place is not None]

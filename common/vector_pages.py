@@ -50,15 +50,9 @@ def is_vectors(kind: pa.DataType) -> bool:
     )
 
 
-def expects(chunk: pq.ColumnChunkMetaData, column: pq.ColumnSchema) -> bool:
-    """Whether :func:`decode_vectors` can be tried on a column's part in a row group."""
-    return (
-        chunk.compression == "ZSTD"
-        and "BYTE_STREAM_SPLIT" in chunk.encodings
-        and not chunk.has_dictionary_page
-        and column.max_definition_level == _PRESENT
-        and column.max_repetition_level == 1
-    )
+def expects(column: pq.ColumnSchema) -> bool:
+    """Whether :func:`decode_vectors` can be tried on a column; what else must be right, its pages tell."""
+    return column.max_definition_level == _PRESENT and column.max_repetition_level == 1
 
 
 def decode_vectors(pages: memoryview, rows: int, kind: pa.FixedSizeListType) -> pa.FixedSizeListArray:
@@ -73,20 +67,21 @@ def decode_vectors(pages: memoryview, rows: int, kind: pa.FixedSizeListType) -> 
         OtherLayoutError: They are laid out differently, or damaged.
     """
     width = kind.list_size
-    packed, end, runs = _numbers(rows * width), 0, []
+    end, runs = 0, []
     try:
+        packed = _numbers(rows * width)
         for planes, levels in _pages(pages):
             begin, end = end, end + planes.shape[1]
             _join_planes(planes, packed[begin:end])
             runs += definition_runs(*levels)
         absent = _absent(runs, end, rows, width)
+        numbers = packed
+        if absent is not None:
+            numbers = _numbers(rows * width)
+            numbers.reshape(rows, width)[absent] = 0
+            numbers.reshape(rows, width)[~absent] = packed[:end].reshape(-1, width)
     except _UNEXPECTED as error:
         raise OtherLayoutError(str(error)) from error
-    numbers = packed
-    if absent is not None:
-        numbers = _numbers(rows * width)
-        numbers.reshape(rows, width)[absent] = 0
-        numbers.reshape(rows, width)[~absent] = packed[:end].reshape(-1, width)
     flat = pa.Array.from_buffers(pa.float32(), len(numbers), [None, pa.py_buffer(numbers)])
     return pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=None if absent is None else pa.array(absent))
 

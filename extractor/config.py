@@ -119,7 +119,7 @@ class ExtractConfig(StrictModel):
     stored_precision: StoredPrecision = Field(
         "float16",
         description="What vectors are rounded to; they are stored as float32 either way. bfloat16: a fifth less to "
-        "store, and cosines that differ by 0.0001 instead of 0.00001.",
+        "store, and cosines that differ by 0.0001 to 0.00025 instead of 0.00001 to 0.00003.",
     )
     micro_batch: PositiveInt = Field(64, description="Pictures per forward pass; larger fills a GPU better.")
     hardware: HardwareConfig = HardwareConfig()

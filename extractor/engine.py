@@ -195,7 +195,7 @@ class Engine:
             name: (self.inputs[name], "auto", placement.micro_batch or self.config.micro_batch, threads)
             for name, placement in placements.items()
         }
-        return start_pools(placements, self.kind, arguments)
+        return start_pools(placements, self.kind, arguments, lambda: self.stop.asked)
 
     def _remember(self, written: dict[str, dict[int, int]]) -> None:
         """Spare the next run a look into the files of this one; that this fails must hide no other error."""

@@ -21,7 +21,7 @@ PATIENCE_SECONDS = 30
 QUEUE = 2
 """Shards an actor may hold: one at work, one that is there when it is done."""
 SEAT_SECONDS = 30
-"""How long actors that share GPUs are placed one after the other; then the rest is placed all at once."""
+"""So long may a teacher take to be placed before the next is asked for; after that the rest is asked for at once."""
 MAX_FAILED_STARTS = 3
 """So often in a row may an actor's process die while it loads; its place is given up then."""
 OWN_ERROR = "common.errors."
@@ -51,9 +51,9 @@ class TeacherProcess:
         self._kind, self._arguments = kind, arguments
         self._teacher: Any = None
 
-    def gpus(self) -> list[int]:
-        """Numbers, on its machine, of the GPUs that Ray gave to the process."""
-        return [int(number) for number in ray.get_gpu_ids()]
+    def gpus(self) -> list[str]:
+        """Numbers on its machine (or the ids, where it names them so) of the GPUs that Ray gave to the process."""
+        return [str(number) for number in ray.get_gpu_ids()]
 
     def load(self) -> float | None:
         """Load the model; its logit scale, or None for an image encoder."""
@@ -182,7 +182,10 @@ class TeacherPool:
 
 
 def start_pools(
-    placements: Mapping[str, TeacherPlacement], kind: type, arguments: Mapping[str, tuple[Any, ...]]
+    placements: Mapping[str, TeacherPlacement],
+    kind: type,
+    arguments: Mapping[str, tuple[Any, ...]],
+    stopped: Callable[[], object] = lambda: False,
 ) -> dict[str, TeacherPool]:
     """Start every teacher's actors, in the order of ``placements``.
 
@@ -194,16 +197,29 @@ def start_pools(
         placements: See :func:`extractor.placement.place`.
         kind: Of the teachers; see :class:`TeacherProcess`.
         arguments: Teacher -> arguments of its constructor.
+        stopped: Whether to wait no more.
     """
-    deadline = time.monotonic() + SEAT_SECONDS
-    in_turn = ray.cluster_resources().get("GPU", 0) > 1 and any(0 < (one.gpus or 0) < 1 for one in placements.values())
+    shares = any(0 < (one.gpus or 0) < 1 for one in placements.values())
+    in_turn = shares and ray.cluster_resources().get("GPU", 0) > 1
     pools: dict[str, TeacherPool] = {}
     for name, placement in placements.items():
         pools[name] = TeacherPool(name, kind, arguments[name], placement)
-        if in_turn and placement.gpus:
-            placed = [seat.placed for seat in pools[name].seats]
-            ray.wait(placed, num_returns=len(placed), timeout=max(0.0, deadline - time.monotonic()))
+        if in_turn and placement.gpus and not (in_turn := _placed(pools[name], stopped)) and not stopped():
+            logger.warning(
+                "extract: teacher %s has no place after %d s; the other teachers are asked for at once, and may share "
+                "GPUs in another way than planned",
+                name,
+                SEAT_SECONDS,
+            )
     return pools
+
+
+def _placed(pool: TeacherPool, stopped: Callable[[], object]) -> bool:
+    """Wait until the processes of a teacher are there; False if they take too long."""
+    missing, deadline = [seat.placed for seat in pool.seats], time.monotonic() + SEAT_SECONDS
+    while missing and not stopped() and time.monotonic() < deadline:
+        _, missing = ray.wait(missing, num_returns=len(missing), timeout=0.5)
+    return not missing
 
 
 def wait_until_seated(pools: dict[str, TeacherPool], stopped: Callable[[], object]) -> None:

@@ -22,8 +22,9 @@ from extractor.prepare import KILLS, SECONDS, VIEW_BOXES, TeacherInput, restrict
 if TYPE_CHECKING:  # the driver imports this file to place teachers elsewhere, and needs no torch for it
     import torch
 
-LEAST_SPREAD = 1e-3
-"""Unit vectors of different inputs that differ by less in every dimension come from a broken tower."""
+LEAST_SPREAD = {"float16": 2**-10, "bfloat16": 2**-7}
+"""Stored precision -> unit vectors of different inputs that differ by less in every dimension come from a broken tower.
+Twice the step between the largest numbers, so that rounding alone never makes a difference."""
 FEW_INPUTS = 16
 """So few inputs never prove a tower constant."""
 
@@ -178,13 +179,14 @@ class Teacher:
 
     def _insist_on_spread(self, tower: str, vectors: np.ndarray, inputs: np.ndarray, good: np.ndarray) -> None:
         rows = np.flatnonzero(good)
-        if len(rows) < FEW_INPUTS or np.ptp(vectors[rows], axis=0).max() >= LEAST_SPREAD:
+        least = LEAST_SPREAD[self.teacher.stored_precision]
+        if len(rows) < FEW_INPUTS or np.ptp(vectors[rows], axis=0).max() >= least:
             return
         # Row by row: a copy of a shard's pictures would take as much memory again.
         if any((inputs[row] != inputs[rows[0]]).any() for row in rows):
             raise ModelError(
                 f"the {tower} tower gives {len(rows)} different inputs one and the same vector (no dimension "
-                f"differs by {LEAST_SPREAD:g}); its weights are broken or were loaded into the wrong architecture"
+                f"differs by {least:.1g}); its weights are broken or were loaded into the wrong architecture"
             )
 
 

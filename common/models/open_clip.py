@@ -221,7 +221,8 @@ def load_tokenizer(spec: ModelSpec) -> Tokenize:
     text = found.text_cfg
     named = text.get("hf_tokenizer_name") or text.get("hf_model_name")
     if named is None:
-        return clip_tokenizer(found.context_length)
+        settings = text.get("tokenizer_kwargs")
+        return _stock_byte_pairs(found, settings) if settings else clip_tokenizer(found.context_length)
     if found.files is None:
         return _stock_tokenizer(str(spec.architecture), found, None)
     folder = loadable_folder(tokenizer_folder(spec, found.files, named))
@@ -241,6 +242,14 @@ def _stock_tokenizer(place: str, found: OpenClipFiles, text: dict[str, Any] | No
         mode = {"tokenizer_mode": text["tokenizer_mode"]} if text.get("tokenizer_mode") else {}
         settings = {**mode, **(text.get("tokenizer_kwargs") or {})}
         tokenizer = HFTokenizer(place, context_length=found.context_length, **settings)
+    return lambda captions: tokenizer(captions).numpy().astype("int32")
+
+
+def _stock_byte_pairs(found: OpenClipFiles, settings: dict[str, Any]) -> Tokenize:
+    """open_clip's own byte pairs, with settings such as another cleaning of captions."""
+    import open_clip
+
+    tokenizer = open_clip.SimpleTokenizer(context_length=found.context_length, **settings)
     return lambda captions: tokenizer(captions).numpy().astype("int32")
 
 

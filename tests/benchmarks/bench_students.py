@@ -267,6 +267,7 @@ def main() -> None:
 
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one table over all of them")
+    made.add_argument("--runs", type=int, help="so many seeds from 0 on, as other benchmarks' option is called")
     made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="seeds at once (default: cores)")
     made.add_argument("--steps", type=int, default=STEPS, help=f"of stage 2 (default {STEPS})")
     made.add_argument("--recipes", nargs="+", help="only these")
@@ -279,6 +280,8 @@ def main() -> None:
     made.add_argument("--keep", type=Path, help="write all scores to this JSON file")
     made.add_argument("--record", action="store_true", help="write the table to docs/benchmarks.md")
     options = made.parse_args()
+    if options.runs:
+        options.seeds = list(range(options.runs))
     options.jobs = min(options.jobs, len(options.seeds))
     # Threads that spin while they wait would take the cores from the other seed.
     os.environ.update({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "OPENBLAS_NUM_THREADS": "1"})

@@ -13,7 +13,7 @@ from common.views import cut_view
 from extractor.config import ViewsConfig
 from extractor.decoding import PictureDecoder
 from extractor.prepare import Prepare, TeacherInput, fixed_rows, restrict, rows_of
-from extractor.teachers import Teacher
+from extractor.teachers import LEAST_SPREAD, Teacher
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +212,25 @@ def test_a_teacher_whose_vectors_are_all_the_same_is_refused(make_lake, tmp_path
     with pytest.raises(ModelError, match="the image tower gives 17 different inputs one and the same vector"):
         teacher.embed(table)
     teacher.embed(table.slice(0, 15))  # too few to prove anything
+
+
+@pytest.mark.parametrize(("precision", "least"), LEAST_SPREAD.items())
+def test_rounding_alone_is_not_a_difference(make_lake, tmp_path, folders, precision, least):
+    """Nearly constant vectors on both sides of where a number is rounded up."""
+    table = prepare_shard(make_lake(tmp_path / "lake", rows=17, shard_rows=17), folders)
+    teacher = Teacher(dataclasses.replace(teacher_input(folders["a"]), stored_precision=precision))
+    middle = 0.5 + least / 4  # between two numbers that are a step apart
+    rest = (1 - middle**2) ** 0.5
+
+    def encode(pixels_BHWC):
+        sign_B = pixels_BHWC.float().mean((1, 2, 3)) % 2 - 1
+        vectors_BD = torch.zeros(len(pixels_BHWC), teacher.teacher.description.image_dim)
+        vectors_BD[:, 0], vectors_BD[:, 1] = middle + 1e-6 * sign_B, rest
+        return vectors_BD
+
+    teacher.model.encode_image = encode
+    with pytest.raises(ModelError, match="the image tower gives 17 different inputs one and the same vector"):
+        teacher.embed(table)
 
 
 def test_equal_pictures_may_have_equal_vectors(make_lake, tmp_path, folders):

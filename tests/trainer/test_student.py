@@ -1,5 +1,6 @@
 """The student: raw pixels in, unit vectors out; its weights are open_clip's own."""
 
+import json
 import subprocess
 import sys
 
@@ -102,6 +103,18 @@ def test_token_ids_are_open_clips_and_take_no_torch(student_folder, of_its_own):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_settings_of_byte_pairs_count(tmp_path):
+    import open_clip
+
+    model_cfg = open_clip.get_model_config("ViT-B-32")
+    model_cfg["text_cfg"]["tokenizer_kwargs"] = {"clean": "canonicalize"}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg}))
+    texts = ["A lung-nodule, (CT) scan! isn't it"]
+    found = load_tokenizer(read_architecture(Storage(str(tmp_path))))(texts)
+    np.testing.assert_array_equal(found, open_clip.get_tokenizer(f"local-dir:{tmp_path}")(texts).numpy())
+    assert (found != load_tokenizer(resolve_architecture("ViT-B-32"))(texts)).any()
 
 
 def test_unknown_architectures_and_empty_folders_are_named(tmp_path):
