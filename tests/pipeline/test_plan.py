@@ -37,7 +37,10 @@ app(standalone_mode=False)
 """
 
 SEATS = """
-from extractor.placement import place, read_cluster
+import threading
+import extractor.pools
+from common.logs import configure_logs
+from extractor.placement import TeacherPlacement, place, read_cluster
 from extractor.planning.split import split_gpus
 from extractor.pools import start_pools
 
@@ -47,6 +50,8 @@ class Model:
 
     def describe_scale(self):
         return 1.0
+
+configure_logs()
 
 def seats(placements):
     pools = start_pools(placements, Model, {name: ("no input", "auto", 1) for name in placements})
@@ -65,6 +70,17 @@ split = split_gpus(work, 4)
 planned = place(list(split.placements()), read_cluster(), split.placements())
 found = {"groups": split.groups, "whole": split.whole, "planned": seats(planned)}
 found["shared"] = seats(place(list(work), read_cluster()))
+
+@ray.remote(num_gpus=4)
+class Other:
+    def is_there(self):
+        return True
+
+other = Other.remote()
+ray.get(other.is_there.remote())
+threading.Timer(4, ray.kill, [other]).start()
+extractor.pools.SEAT_SECONDS = 1
+found["late"] = seats({name: TeacherPlacement(actors=1, gpus=0.5) for name in ("late", "later")})
 print(json.dumps(found))
 """
 
@@ -115,3 +131,5 @@ def test_ray_seats_the_actors_as_planned():
         assert sum(1 for names in by_gpu.values() if names == {name}) == gpus
     assert len(found["shared"]) == 9
     assert max(sum(gpu == other for _, other in found["shared"]) for _, gpu in found["shared"]) <= 3
+    assert [name for name, _ in found["late"]] == ["late", "later"]  # another's job held all GPUs at first
+    assert done.stderr.count("has no place after 1 s") == 1
