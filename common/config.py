@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -53,12 +54,12 @@ def parse_config(kind: type[ConfigT], values: dict[str, Any], where: str = "the 
     """Validate values against a configuration class.
 
     Raises:
-        ConfigError: One paragraph naming each bad key and, for an unknown key, those that exist.
+        ConfigError: One paragraph naming each bad key and, for an unknown key, those that exist on its level.
     """
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(kind, error, where)) from error
+        raise ConfigError(_explain(kind, values, error, where)) from error
 
 
 def load_config(kind: type[ConfigT], path: str | None, overrides: Iterable[str] = (), **flags: Any) -> ConfigT:
@@ -121,14 +122,84 @@ def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
     values[keys[-1]] = value
 
 
-def _explain(kind: type[BaseModel], error: ValidationError, where: str) -> str:
-    problems = []
+_EXPECTED = {  # pydantic's kind of error -> what should stand there, in words of YAML instead of Python's types
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "dict_type": "a mapping of setting: value",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "list_type": "a list",
+    "string_type": "text",
+    "tuple_type": "a list",
+}
+_SHOULD_BE = "Input should be "
+
+
+def _explain(kind: type[BaseModel], values: dict[str, Any], error: ValidationError, where: str) -> str:
+    problems: dict[str, list[str]] = {}  # by setting: each branch of a union that is not met has an error of its own
     for item in error.errors():
-        name = ".".join(str(part) for part in item["loc"]) or "(the whole)"
+        path = _path_of(item["loc"], values)
+        if item["type"] == "missing":
+            path.append(item["loc"][-1])
+        name = ".".join(map(str, path))
+        kinds = _classes_at(kind, path[:-1])
         if item["type"] == "extra_forbidden":
-            problems.append(f"{name} is not a setting (known: {', '.join(kind.model_fields)})")
+            owner = f" in {'.'.join(map(str, path[:-1]))}" if path[:-1] else ""
+            problems[name] = [f"{name} is not a setting (known{owner}: {_known(kinds, str(path[-1]))})"]
         elif item["type"] == "missing":
-            problems.append(f"{name} is required")
+            problems[name] = [f"{name} is required"]
+        elif item["type"] == "value_error":  # of a validator of ours: its message names the values
+            problems[name] = [f"{name}: {item['ctx']['error']}" if name else str(item["ctx"]["error"])]
         else:
-            problems.append(f"{name}={item['input']!r}: {item['msg']}")
-    return f"Invalid settings for {where}: " + "; ".join(problems) + "."
+            said = _expectation(item["type"], item["msg"], _classes_at(kind, path))
+            if name in problems:
+                problems[name].append(said.removeprefix(_SHOULD_BE))
+            else:
+                problems[name] = [f"{name}={item['input']!r}: {said}"]
+    return f"Invalid settings for {where}: " + "; ".join(", or ".join(parts) for parts in problems.values()) + "."
+
+
+def _path_of(loc: tuple[int | str, ...], values: Any) -> list[int | str]:
+    """The part of an error's place that the user has written: pydantic adds the branches of unions to it."""
+    path: list[int | str] = []
+    for part in loc:
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            continue
+        path.append(part)
+    return path
+
+
+def _classes_at(kind: type[BaseModel], path: list[int | str]) -> list[type[BaseModel]]:
+    """The configuration classes that a place in the values may be of; several under a union."""
+    kinds = [kind]
+    for part in path:
+        fields = [one.model_fields[part].annotation for one in kinds if part in one.model_fields]
+        # An index into a list, or a key of a mapping, is no field and stays with the classes of its values.
+        if fields:
+            kinds = [inner for annotation in fields for inner in _classes_in(annotation)]
+    return kinds
+
+
+def _classes_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [inner for argument in get_args(annotation) for inner in _classes_in(argument)]
+
+
+def _known(kinds: list[type[BaseModel]], name: str) -> str:
+    """The settings of classes, those spelled like a name first."""
+    known = list(dict.fromkeys(field for kind in kinds for field in kind.model_fields))
+    close = difflib.get_close_matches(name, known)
+    return ", ".join(close + [field for field in known if field not in close])
+
+
+def _expectation(error_type: str, message: str, kinds: list[type[BaseModel]]) -> str:
+    if error_type == "model_type":
+        return f"{_SHOULD_BE}a group of settings ({_known(kinds, '')})"
+    expected = _EXPECTED.get(error_type)
+    return f"{_SHOULD_BE}{expected}" if expected else message

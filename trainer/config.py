@@ -59,10 +59,11 @@ class AutoencoderConfig(StrictModel):
 class AlignConfig(StrictModel):
     """Maps that bring teachers' vectors into spaces in which stage 2 can learn them."""
 
-    recipe: Literal["paper", "standardise"] = Field(
+    recipe: Literal["paper", "standardise", "none"] = Field(
         "standardise",
         description="paper: one space for all teachers by a linear autoencoder, for distill.feature and distill.cross. "
-        "standardise: PHI-S, each teacher in a space of its own with mean 0 and variance 1, for distill.heads.",
+        "standardise: PHI-S, each teacher's pictures and captions in spaces of their own with mean 0 and variance 1, "
+        "for distill.heads. none: no maps; how far the teachers agree as they are.",
     )
     teachers: tuple[str, ...] = Field((), description="Empty means every teacher of the selection.")
     selection: str | None = Field(None, description="Fingerprint of the selection; None takes the newest.")
@@ -105,7 +106,7 @@ class OptimConfig(StrictModel):
     beta2: float = Field(0.98, ge=0, lt=1, description="Raise towards 0.999 for small batches.")
     epsilon: float = Field(1e-6, gt=0, description="Rarely changed.")
     warmup_steps: int = Field(100, ge=0, description="Steps of linear warm-up. The paper: 2000.")
-    clip_norm: float = Field(1.0, gt=0, description="Gradients longer than this are shortened.")
+    clip_norm: float | None = Field(1.0, gt=0, description="Gradients longer than this are shortened; null: none is.")
 
 
 class DataConfig(StrictModel):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -94,7 +96,8 @@ def read_blocks(data: TrainData, segment: Segment, lanes: range) -> Iterator[pa.
     places_SB = data.order.segment_places(segment, lanes)
     steps = rows_per_block(places_SB.shape[1]) // places_SB.shape[1]
     lake = Lake(data.lake_uri)
-    shards = {int(shard): read_shard(data, lake, int(shard)) for shard in np.unique(split_places(places_SB)[0])}
+    wanted = (int(shard) for shard in np.unique(split_places(places_SB)[0]))
+    shards = {shard: _draw_rows(data, segment.epoch, read_shard(data, lake, shard)) for shard in wanted}
     for first in range(0, len(places_SB), steps):
         yield _block(data, segment.epoch, places_SB[first : first + steps].reshape(-1), shards)
 
@@ -126,7 +129,8 @@ def validation_batches(data: TrainData, places: np.ndarray) -> Iterator[Batch]:
     lake = Lake(data.lake_uri)
     for first in range(0, len(places) - rows + 1, rows):
         chosen = places[first : first + rows]
-        shards = {int(shard): read_shard(clean, lake, int(shard)) for shard in np.unique(split_places(chosen)[0])}
+        wanted = (int(shard) for shard in np.unique(split_places(chosen)[0]))
+        shards = {shard: _draw_rows(clean, None, read_shard(clean, lake, shard)) for shard in wanted}
         yield from split_batches(clean, decode_block(clean, _block(clean, None, chosen, shards)), rows)
 
 
@@ -170,39 +174,81 @@ def read_selection(lake: Lake, fingerprint: str, teacher: str, shard: int, pairs
     return table
 
 
-def _block(data: TrainData, epoch: int | None, places: np.ndarray, shards: dict[int, pa.Table]) -> pa.Table:
+class _ShardRows(NamedTuple):
+    """A shard as an epoch sees it: R rows, whichever of them are wanted."""
+
+    pairs: pa.Table
+    """With ``PAIR_COLUMNS``."""
+    drawn_R: np.ndarray
+    """Which of a row's captions."""
+    view_R: np.ndarray | None
+    """Which of a row's stored crops; None for the whole picture."""
+    teachers: dict[str, dict[str, np.ndarray]]
+    """Teacher -> what :func:`teacher_columns` gives."""
+
+
+def _draw_rows(data: TrainData, epoch: int | None, table: pa.Table) -> _ShardRows:
+    """Draw captions and crops for all rows of :func:`read_shard`'s table; main captions without an epoch."""
+    ids, captions, seed = table["sample_id"].to_pylist(), table["captions"].to_pylist(), data.order.seed
+    drawn_R = np.zeros(len(ids), dtype=np.int64)
+    if epoch is not None:
+        drawn_R[:] = [draw_caption(seed, epoch, *row) for row in zip(ids, captions, strict=True)]
+    view_R = None
+    if data.views is not None:
+        view_R = np.array([draw_view(seed, epoch, sample, data.views.crops) for sample in ids])
+    teachers = {name: teacher_columns(table, name, drawn_R, view_R) for name in data.teachers}
+    return _ShardRows(table.select(PAIR_COLUMNS), drawn_R, view_R, teachers)
+
+
+def _block(data: TrainData, epoch: int | None, places: np.ndarray, shards: dict[int, _ShardRows]) -> pa.Table:
     shard_of, row_of = split_places(places)
     # Grouped by shard first: taking from one shard at a time never concatenates gigabytes of encoded pictures.
-    by_shard = np.argsort(shard_of, kind="stable")
-    pieces = [shards[int(shard)].take(row_of[shard_of == shard]) for shard in np.unique(shard_of)]
-    table = pa.concat_tables(pieces).take(np.argsort(by_shard)).combine_chunks()
-    ids, captions = table["sample_id"].to_pylist(), table["captions"].to_pylist()
-    drawn = np.zeros(len(places), dtype=np.int64)
-    if epoch is not None:
-        drawn[:] = [draw_caption(data.order.seed, epoch, *row) for row in zip(ids, captions, strict=True)]
+    parts = [(shards[int(shard)], np.flatnonzero(shard_of == shard)) for shard in np.unique(shard_of)]
+    wheres = [(where, row_of[where]) for _, where in parts]
+    pairs = pa.concat_tables([rows.pairs.take(row_of[where]) for rows, where in parts])
+    pairs = pairs.take(np.argsort(np.concatenate([where for where, _ in wheres]))).combine_chunks()
+    ids, captions = pairs["sample_id"].to_pylist(), pairs["captions"].to_pylist()
+    drawn = _gather([rows.drawn_R for rows, _ in parts], wheres)
     columns = {
         "place": pa.array(places),
         "epoch": pa.array([epoch] * len(places), pa.int32()),
-        "sample_id": table["sample_id"],
-        "image": table["image"],
+        "sample_id": pairs["sample_id"],
+        "image": pairs["image"],
         "caption": pa.array([texts[which] for texts, which in zip(captions, drawn, strict=True)], pa.string()),
     }
-    view_B = None
     if data.views is not None:
-        view_B = np.array([draw_view(data.order.seed, epoch, sample, data.views.crops) for sample in ids])
+        view_B = _gather([rows.view_R for rows, _ in parts if rows.view_R is not None], wheres)
         boxes = [view_boxes(sample, *data.views)[which] for sample, which in zip(ids, view_B, strict=True)]
         columns["box"] = _to_arrow(np.array(boxes, np.float32))
     for teacher in data.teachers:
-        for name, values in teacher_columns(table, teacher, drawn, view_B).items():
-            columns[f"{teacher}/{name}"] = _to_arrow(values)
+        for name in parts[0][0].teachers[teacher]:
+            columns[f"{teacher}/{name}"] = _to_arrow(
+                _gather([rows.teachers[teacher][name] for rows, _ in parts], wheres)
+            )
     if data.teachers:
         columns["draws"] = _to_arrow(draw_numbers(data.order.seed, epoch, ids, 1 + len(data.teachers)))
     return pa.table(columns)
 
 
+def _gather(arrays: list[np.ndarray], wheres: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Rows of several shards in their final order: ``wheres[i]`` says where they go and which of ``arrays[i]``."""
+    shape = (sum(len(where) for where, _ in wheres), *arrays[0].shape[1:])
+    # Arrow's memory, which is warm; numpy's would come fresh from the kernel for each block.
+    memory = pa.allocate_buffer(math.prod(shape) * arrays[0].itemsize)
+    whole = np.frombuffer(memory, arrays[0].dtype).reshape(shape)
+    for array, (where, rows) in zip(arrays, wheres, strict=True):
+        whole[where] = array[rows]
+    return whole
+
+
 def draw_numbers(seed: int, epoch: int | None, sample_ids: list[str], count: int) -> np.ndarray:
     """Numbers in [0, 1) by which a sample's teachers are drawn in an epoch: float32 [B, count]."""
-    return np.array([rng(seed, "teachers", epoch, sample).random(count, np.float32) for sample in sample_ids])
+    # By a hash: to make a generator of numbers for each sample takes as long as to read half of its vectors.
+    drawn = b"".join(
+        hashlib.shake_128(f"{seed}/teachers/{epoch}/{sample}".encode()).digest(4 * count) for sample in sample_ids
+    )
+    bits = np.frombuffer(drawn, "<u4").reshape(len(sample_ids), count) >> 8  # as many as a float32 holds exactly
+    return bits.astype(np.float32) / np.float32(1 << 24)
 
 
 def draw_caption(seed: int, epoch: int, sample_id: str, captions: list[str]) -> int:

@@ -6,6 +6,7 @@ Shapes: M = a micro-batch's rows, B = this rank's rows, N = the global batch.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -177,10 +178,10 @@ def to_device(rows: TeacherRows, device: torch.device) -> TeacherBatch:
     return TeacherBatch(*(gather_constant(torch.tensor(part).to(device)) for part in parts))
 
 
-def clip_gradients(optimizer: torch.optim.Optimizer, limit: float) -> float:
-    """Shorten the gradient to ``limit`` if it is longer; returns its length before."""
+def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None) -> float:
+    """Shorten the gradient to ``limit`` if there is one and it is longer; returns its length before."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+    return float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit))
 
 
 def complain(step: int, batch: Batch, values: dict[str, float], grad_norm: float) -> None:

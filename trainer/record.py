@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from common.config import fingerprint
+from common.errors import MmkdError
 from common.lake import now
 from common.logs import Progress, logger
 from common.storage import Storage
@@ -38,6 +39,8 @@ from trainer.student import Student
 from trainer.trackers import open_tracker
 
 METRICS = "metrics.jsonl"
+METRICS_SECONDS = 60.0
+"""Metric rows are stored with every checkpoint, and so often between two."""
 RESULT = "result.json"
 ERROR = "error.json"
 
@@ -118,6 +121,7 @@ class Recorder:
         self.seconds = self.waited = 0.0
         self.samples = 0
         self.shown = Pace()
+        self.written = time.monotonic()
         # In the background: the first batches are being waited for meanwhile.
         load = functools.partial(validation_batches, data, job.validation_places)
         self.validation = ThreadPoolExecutor(1).submit(lambda: list(load()))
@@ -143,6 +147,21 @@ class Recorder:
             self.rows.append(self._row(report, seen))
         if saves:
             self._save(report)
+        elif seen is not None and time.monotonic() - self.written > METRICS_SECONDS:
+            self._write_metrics()
+
+    def __enter__(self) -> Recorder:
+        """For the length of the training."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """After an error store the rows since the last checkpoint, which say what led to it."""
+        if kind is None:
+            return
+        try:
+            self._write_metrics()
+        except (MmkdError, OSError) as error:
+            logger.warning("%s: the last metric rows are lost: %s", self.job.stage, error)
 
     def _row(self, report: StepReport, seen: np.ndarray) -> dict[str, Any]:
         row = {
@@ -197,6 +216,7 @@ class Recorder:
         self.run.write_bytes(METRICS, text.encode())
         for tracker in self.trackers:
             tracker.log(self.rows)
+        self.written = time.monotonic()
 
     def finish(self) -> None:
         """Write the metrics and, last, the result: its presence means the run is done."""

@@ -54,8 +54,11 @@ def train_stage2(lake_uri: str, run: str, init: str | None, config: Stage2Config
     scales = recorded_scales(storage, teachers, config) or teacher_scales(lake, teachers, selection, config)
     width = int(architecture.config["model_cfg"]["embed_dim"])
     alignment = load_alignment(lake, config.alignment, teachers) if config.alignment else None
+    if alignment is not None and alignment.recipe == "none":
+        alignment = None  # teachers speak as they are
     dims = teacher_dims(lake, teachers, alignment)
     if config.distill.feature or config.distill.cross:
+        insist_on_one_space(alignment)
         insist_on_width(dims, width)
     start_scale = float(checkpoint.tensors(MODEL)["logit_scale"].exp())
     facts = {
@@ -150,6 +153,21 @@ def teacher_dims(
         )
         dims[name] = image, text
     return dims
+
+
+def insist_on_one_space(alignment: Alignment | None) -> None:
+    """The terms that compare vectors directly need a teacher's pictures and captions in one space.
+
+    Raises:
+        TrainError: The alignment turns each side by itself.
+    """
+    if alignment is not None and alignment.recipe == "standardise":
+        raise TrainError(
+            "distill.feature and distill.cross compare the student's pictures and captions with a teacher's in one "
+            f"space, and alignment {alignment.name} (--recipe standardise) turns a teacher's pictures and its captions "
+            "each by themselves, after which they no longer match. Fit one with `mmkd align LAKE --recipe paper`, or "
+            "use distill.heads, which standardise is for."
+        )
 
 
 def insist_on_width(dims: dict[str, tuple[int | None, int | None]], width: int) -> None:

@@ -75,20 +75,21 @@ def run_job(job: Job, data_ref: ray.ObjectRef, run: Storage) -> None:
         max_bad_steps=job.scale.max_bad_steps,
     )
     recorder = Recorder(run, job, data, parts, first_step) if rank == 0 else None
-    for report in train(batches, model, parts.objective, parts.optimizer, plan, first_step, no_sync):
-        saves = report.step == job.total_steps or report.step % job.scale.checkpoint_every == 0
-        logs = saves or report.step % job.scale.log_every == 0
-        # A collective: all workers take part, the first one writes.
-        seen = None
-        if logs:
-            digests = np.stack([report.batch.place_B, digest_rows(report.batch)], axis=1)
-            seen = gather_constant(torch.from_numpy(digests).to(device)).cpu().numpy()
+    with contextlib.nullcontext() if recorder is None else recorder:
+        for report in train(batches, model, parts.objective, parts.optimizer, plan, first_step, no_sync):
+            saves = report.step == job.total_steps or report.step % job.scale.checkpoint_every == 0
+            logs = saves or report.step % job.scale.log_every == 0
+            # A collective: all workers take part, the first one writes.
+            seen = None
+            if logs:
+                digests = np.stack([report.batch.place_B, digest_rows(report.batch)], axis=1)
+                seen = gather_constant(torch.from_numpy(digests).to(device)).cpu().numpy()
+            if recorder is not None:
+                recorder.add(report, seen, saves)
+            if saves:
+                ray.train.report({"step": report.step, **report.terms})
         if recorder is not None:
-            recorder.add(report, seen, saves)
-        if saves:
-            ray.train.report({"step": report.step, **report.terms})
-    if recorder is not None:
-        recorder.finish()
+            recorder.finish()
 
 
 def agree_on_start(run: Storage, rank: int, device: torch.device) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,14 +16,20 @@ from cluster.commands.options import (
     show_config,
     split_names,
 )
+from cluster.commands.train_recipes import TrainCommands, load_stage
 from cluster.session import ray_session
 from common.config import load_config
+from common.errors import ConfigError
 from trainer.config import AlignConfig, EvaluateConfig, SelectConfig, Stage1Config, Stage2Config
+
+if TYPE_CHECKING:
+    from common.lake import Lake
 
 LakeUri = Annotated[str, typer.Argument(metavar="LAKE", help="Folder or address of the lake.")]
 Run = Annotated[str, typer.Option("--run", help="Name of the run; the same name resumes it.")]
 
 train_app = typer.Typer(
+    cls=TrainCommands,
     no_args_is_help=True,
     help="""Train the student: stage1, then stage2 from its checkpoint.
 
@@ -56,7 +62,7 @@ def select(
 
 def align(
     lake: LakeUri,
-    recipe: Annotated[str | None, typer.Option(help="paper or standardise.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="paper, standardise or none.")] = None,
     teachers: Teachers = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
@@ -90,7 +96,7 @@ def stage1(
 
     Example: mmkd train stage1 ./lake --set model.architecture=ViT-B-16 --set data.batch_size=1024
     """
-    settings = load_config(Stage1Config, config, overrides or (), epochs=epochs)
+    settings = load_stage(Stage1Config, config, overrides, epochs=epochs)
     if print_config:
         show_config(settings)
         return
@@ -120,17 +126,36 @@ def stage2(
 
     Example: mmkd train stage2 ./lake --init ./lake/runs/stage1
     """
-    settings = load_config(Stage2Config, config, overrides or (), teachers=split_names(teachers), epochs=epochs)
+    settings = load_stage(Stage2Config, config, overrides, teachers=split_names(teachers), epochs=epochs)
     if print_config:
         show_config(settings)
         return
     from common.lake import open_lake
 
-    open_lake(lake)  # before Ray starts, so that a wrong address is told at once
+    # Before Ray starts, so that a wrong address or a missing checkpoint is told at once.
+    found = open_lake(lake)
+    if init is None:
+        raise ConfigError(_init_is_missing(found))
     with ray_session():
         from trainer.stage2 import train_stage2
 
         typer.echo(train_stage2(lake, run, init, settings).checkpoint)
+
+
+def _init_is_missing(lake: Lake) -> str:
+    runs = [
+        f"--init {lake.uri}/runs/{run}"
+        for run in lake.storage.list_folders("runs")
+        if lake.storage.exists(f"runs/{run}/run.json")
+        and lake.storage.read_json(f"runs/{run}/run.json")["fingerprint"].get("stage") == "stage1"
+    ]
+    what = "Stage 2 starts from a stage-1 student, and --init does not say which."
+    if runs:
+        return f"{what} This lake has: {', '.join(runs)}."
+    return (
+        f"{what} {lake.uri} has no stage-1 run: run `mmkd train stage1 {lake.uri}` first, then add --init "
+        f"{lake.uri}/runs/stage1; or give --init a checkpoint's folder from elsewhere."
+    )
 
 
 def evaluate(

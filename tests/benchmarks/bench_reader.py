@@ -5,7 +5,9 @@
 All hold the same vectors of nine teachers, of the widths of the paper's. The first baseline is the layout in which
 MMKD-CLIP's features are distributed, as its data set class reads them: a ``.pt`` file for each sample, ``torch.load``.
 The second is a WebDataset: the same tensors in tars. Every way ends with the same: for each teacher float32 [B, D] for
-pictures and for captions, and a mask. Pictures are left out, since all have the same.
+pictures and for captions, and a mask. Pictures are left out, since all have the same. Shards are read in their order,
+as the others are, and once more by the very function of stage 2's reading tasks, which shuffles them and also joins
+captions and numbers to draw by: the target is that one's.
 
 Rates are taken twice: per CPU second with every file in memory, and by the clock with none there, as when millions of
 samples come round once an epoch. Sizes are compared twice: with that one file, and with the two that the authors
@@ -18,7 +20,7 @@ import io
 import os
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +31,7 @@ from watch import CpuMeter
 
 if TYPE_CHECKING:
     from common.lake import Lake
+    from trainer.data import TrainData
 
 WIDTHS = {f"t{place}": width for place, width in enumerate((768, 512, 512, 512, 512, 512, 768, 512, 512))}
 SPOKEN = 0.74
@@ -210,6 +213,57 @@ def read_shards(lake_uri: str) -> Iterator[Sides]:
             yield {name: (image[part], text[part], mask[part]) for name, (image, text, mask) in sides.items()}
 
 
+def stage2_data(lake_uri: str) -> "TrainData":
+    """What stage 2 gives to its reading tasks; made once in a run."""
+    from common.lake import open_lake
+    from trainer.architecture import resolve_architecture
+    from trainer.config import DataConfig
+    from trainer.data import TrainData
+    from trainer.launch import build_order, find_rows
+
+    lake, names = open_lake(lake_uri), tuple(WIDTHS)
+    settings = DataConfig(batch_size=BATCH)
+    order = build_order(find_rows(lake, names, "sel", settings.seed), settings, lake)
+    return TrainData(lake_uri, order, resolve_architecture("ViT-B-32"), 1.0, names, "sel")
+
+
+def read_shuffled(data: "TrainData") -> Iterator[tuple[np.ndarray, Sides]]:
+    """As stage 2's reading tasks, one epoch: the rows of each block, and their batch."""
+    from trainer.data import read_blocks
+
+    for segment in data.order.segments(0, data.order.steps_per_epoch):
+        for block in read_blocks(data, segment, range(data.order.lanes)):
+            sides = {}
+            for name, width in WIDTHS.items():
+                image, text = (
+                    block[f"{name}/{side}"].combine_chunks().flatten().to_numpy().reshape(-1, width)
+                    for side in ("image", "text")
+                )
+                sides[name] = image, text, block[f"{name}/image_mask"].to_numpy()
+            yield np.array([int(one, 16) for one in block["sample_id"].to_pylist()]), sides
+
+
+def insist_on_same(ways: dict[str, Callable[[], Iterator[Sides]]], data: "TrainData") -> None:
+    """Insist that all ways read the same, sample by sample."""
+    whole: list[Sides] = []
+    for batches in zip(*(run() for run in ways.values()), strict=True):
+        whole.append(batches[0])
+        for name in WIDTHS:
+            for other in batches[1:]:
+                for left, right in zip(batches[0][name], other[name], strict=True):
+                    np.testing.assert_array_equal(left, right)
+    in_order = {
+        name: [np.concatenate(part) for part in zip(*(one[name] for one in whole), strict=True)] for name in WIDTHS
+    }
+    seen = 0
+    for rows, sides in read_shuffled(data):
+        seen += len(rows)
+        for name in WIDTHS:
+            for left, right in zip(in_order[name], sides[name], strict=True):
+                np.testing.assert_array_equal(left[rows], right)
+    assert seen >= len(in_order["t0"][2]) - 2 * BATCH, "most samples come by in an epoch"
+
+
 def forget(folder: Path) -> None:
     """Have the kernel drop the files' content from memory; their names and places it may keep."""
     os.sync()  # what is not yet written cannot be dropped
@@ -231,11 +285,9 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Comparison]
         "tars of .pt": lambda: read_tars(folder),
         "aligned shards": lambda: read_shards(lake),
     }
-    for batches in zip(*(run() for run in ways.values()), strict=True):
-        for name in WIDTHS:
-            for other in batches[1:]:
-                for left, right in zip(batches[0][name], other[name], strict=True):
-                    np.testing.assert_array_equal(left, right)
+    data = stage2_data(lake)
+    insist_on_same(ways, data)
+    ways["aligned shards, shuffled"] = lambda: (sides for _, sides in read_shuffled(data))
     rate = Comparison("teachers' vectors of a sample, samples", "samples per CPU second", LEAST_RATIO)
     from_disk = Comparison("teachers' vectors of a sample, files on disk only", "samples/s", LEAST_RATIO)
     size = Comparison("size of the vectors", "kB per sample", MOST_BYTES, at_most=True)

@@ -1,17 +1,36 @@
-import pytest
-from pydantic import Field
+from typing import Annotated, Literal
 
-from common.config import StrictModel, differing_keys, fingerprint, load_config
+import pytest
+from pydantic import Field, model_validator
+
+from common.config import StrictModel, differing_keys, fingerprint, load_config, parse_config
 from common.errors import ConfigError
 
 
 class Inner(StrictModel):
     rate: float = Field(0.5, gt=0)
+    ratio: float = 1.0
+    scale: Literal["own", "fitted"] | Annotated[float, Field(gt=0)] = "own"
+
+    @model_validator(mode="after")
+    def _not_both(self):
+        if self.rate == self.ratio == 7:
+            raise ValueError("rate 7 and ratio 7 do not go together")
+        return self
 
 
 class Outer(StrictModel):
     name: str = "x"
     inner: Inner = Inner()
+    more: dict[str, Inner] = Field(default_factory=dict)
+    row: tuple[int, ...] = ()
+    switch: bool | None = None
+
+    @model_validator(mode="after")
+    def _a_name(self):
+        if self.name == "nobody":
+            raise ValueError("nobody is no name")
+        return self
 
 
 def test_defaults_file_overrides_and_flags_apply_in_that_order(tmp_path):
@@ -28,7 +47,7 @@ def test_a_flag_that_was_not_given_changes_nothing():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["nam=1"], "nam is not a setting .known: name, inner."),
+        (["nam=1"], "nam is not a setting .known: name, inner, more, row, switch."),
         (["inner.rate=-1"], "inner.rate=-1: .*greater than 0"),
         (["inner.rate"], "has no '='"),
         (["name.first=x"], "name"),
@@ -37,6 +56,43 @@ def test_a_flag_that_was_not_given_changes_nothing():
 def test_a_bad_override_is_one_clear_paragraph(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config(Outer, None, overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["inner.magic=1"], "inner.magic is not a setting (known in inner: rate, ratio, scale)"),
+        (["inner.ratoi=1"], "inner.ratoi is not a setting (known in inner: ratio, rate, scale)"),
+        (["more.a.scal=1"], "more.a.scal is not a setting (known in more.a: scale, rate, ratio)"),
+        (["nothing=1", "inner.x=1"], "inner.x is not a setting (known in inner: rate, ratio, scale); nothing is not"),
+        (["inner.scale=x"], "inner.scale='x': Input should be 'own' or 'fitted', or a number"),
+        (["inner.scale=-1"], "inner.scale=-1: Input should be 'own' or 'fitted', or greater than 0"),
+        (["inner.scale={a: 1}"], "inner.scale={'a': 1}: Input should be 'own' or 'fitted', or a number"),
+        (["inner=3"], "inner=3: Input should be a group of settings (rate, ratio, scale)"),
+        (["more.a=3"], "more.a=3: Input should be a group of settings (rate, ratio, scale)"),
+        (["more=3"], "more=3: Input should be a mapping of setting: value"),
+        (["row=3"], "row=3: Input should be a list"),
+        (["row=[1, x]"], "row.1='x': Input should be a whole number"),
+        (["switch=perhaps"], "switch='perhaps': Input should be true or false"),
+        (["inner.rate=7", "inner.ratio=7"], "inner: rate 7 and ratio 7 do not go together"),
+        (["name=nobody"], "nobody is no name"),
+    ],
+)
+def test_an_error_says_what_to_write_in_words_of_the_file(overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(Outer, None, overrides)
+    assert f"Invalid settings for Outer: {message}" in str(caught.value)
+
+
+def test_a_setting_that_must_be_given_is_named_with_its_group():
+    class Needy(StrictModel):
+        must: int
+
+    class Holder(StrictModel):
+        needy: Needy
+
+    with pytest.raises(ConfigError, match="Invalid settings for the configuration: needy.must is required."):
+        parse_config(Holder, {"needy": {}})
 
 
 @pytest.mark.parametrize(("text", "message"), [("- a list", "holds a list"), ("a: [", "could not be read as YAML")])

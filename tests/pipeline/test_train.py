@@ -1,25 +1,34 @@
 """Both stages on a local Ray: any number of workers, killed and resumed, refused when they should be."""
 
+import contextlib
 import importlib.util
 import json
 import os
-import signal
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import psutil
+import pyarrow as pa
 import pytest
+from processes import wait_for, workers
 
+from common.config import fingerprint
 from common.errors import ClusterError, FingerprintError, LakeError, TrainError
 from common.storage import Storage
 from trainer.config import DataConfig, DistillConfig, ModelConfig, OptimConfig, ScaleConfig, Stage1Config, Stage2Config
 
 pytestmark = pytest.mark.ray
 
-HELPERS = Path(__file__).parent.parent / "trainer" / "conftest.py"
+ROOT = Path(__file__).resolve().parents[2]
+HELPERS = ROOT / "tests" / "trainer" / "conftest.py"
+TRAIN_WORKER = "ray::RayTrainWorker"
 
 
 def helpers():
@@ -134,11 +143,15 @@ def test_two_workers_train_as_one(place, one_worker):
     same_course(rows_of(place, "one"), rows_of(place, "two"))
 
 
-def test_stage_2_starts_from_stage_1(place, one_worker):
+@pytest.fixture(scope="module")
+def distilled(place, one_worker):
+    """A finished stage-2 run on one worker."""
     from trainer.stage2 import train_stage2
 
-    lake = str(place / "lake")
-    result = train_stage2(lake, "distilled", f"{lake}/runs/one", stage2_config())
+    return train_stage2(str(place / "lake"), "distilled", one_worker.checkpoint, stage2_config())
+
+
+def test_stage_2_starts_from_stage_1(place, distilled):
     rows = rows_of(place, "distilled")
     assert {"contrastive", "image_text", "image_image", "text_text", "total"} <= set(rows[0])
     assert rows[-1]["image_text"] < rows[0]["image_text"]
@@ -146,7 +159,81 @@ def test_stage_2_starts_from_stage_1(place, one_worker):
     identity = json.loads((place / "lake/runs/distilled/run.json").read_text())["fingerprint"]
     assert identity["selection"] == "sel"
     assert set(identity["teachers"]) == {"alpha", "beta"}
-    assert result.steps == rows[-1]["step"]
+    assert distilled.steps == rows[-1]["step"]
+
+
+@pytest.fixture
+def lake_copy(place, distilled, tmp_path) -> Storage:
+    """The lake with its finished runs, to be changed."""
+    return Storage(shutil.copytree(place / "lake", tmp_path / "copy").as_posix())
+
+
+def refused(lake: Storage, init: str, config: Stage2Config, *keys: str) -> None:
+    """Going on with the run is refused for the sake of these facts and no others, and the run stays as it was."""
+    from trainer.stage2 import train_stage2
+
+    before = lake.read_bytes("runs/distilled/run.json")
+    with pytest.raises(FingerprintError, match="Choose another --run name, or delete runs/distilled") as caught:
+        train_stage2(lake.uri, "distilled", init, config)
+    assert re.findall(r"(\S+): recorded ", str(caught.value)) == list(keys)
+    assert lake.read_bytes("runs/distilled/run.json") == before
+
+
+def test_a_copied_distillation_is_the_same_run(lake_copy, one_worker, distilled):
+    from trainer.stage2 import train_stage2
+
+    # The refusals below are of what they change, not of the copy.
+    again = train_stage2(lake_copy.uri, "distilled", one_worker.checkpoint, stage2_config(workers=2))
+    assert again.metrics == distilled.metrics
+
+
+def test_a_distillation_by_another_recipe_is_refused(lake_copy, one_worker):
+    weights = DistillConfig(image_text=1.5, text_text=0.0)
+    other = stage2_config().model_copy(update={"distill": weights})
+    refused(lake_copy, one_worker.checkpoint, other, "config.distill.image_text", "config.distill.text_text")
+
+
+def test_a_distillation_of_another_student_is_refused(lake_copy, one_worker, distilled):
+    refused(lake_copy, distilled.last, stage2_config(), "init")
+
+
+def test_a_distillation_by_another_selection_is_refused(lake_copy, one_worker):
+    # Newer, and it admits what the other one does: only its name differs.
+    shutil.copytree(Path(lake_copy.uri, "selection/sel"), Path(lake_copy.uri, "selection/stricter"))
+    manifest = lake_copy.read_json("selection/sel/selection.json")
+    lake_copy.write_json("selection/stricter/selection.json", {**manifest, "created_at": "2026-02-01T00:00:00+00:00"})
+    refused(lake_copy, one_worker.checkpoint, stage2_config(), "selection")
+    named = stage2_config().model_copy(update={"selection": "stricter"})
+    refused(lake_copy, one_worker.checkpoint, named, "config.selection", "selection")
+
+
+def test_a_distillation_of_other_rows_is_refused(lake_copy, one_worker):
+    for shard in ("pairs", "features/teacher=alpha", "features/teacher=beta"):
+        lake_copy.write_table(f"{shard}/shard-000004.parquet", lake_copy.read_table(f"{shard}/shard-000003.parquet"))
+    for teacher in ("alpha", "beta"):
+        folder = f"selection/sel/teacher={teacher}"
+        lake_copy.write_table(f"{folder}/shard-000004.parquet", lake_copy.read_table(f"{folder}/shard-000003.parquet"))
+    refused(lake_copy, one_worker.checkpoint, stage2_config(), "data")
+
+
+def test_a_distillation_of_other_admitted_rows_is_refused(lake_copy, one_worker):
+    for teacher in ("alpha", "beta"):
+        file = f"selection/sel/teacher={teacher}/shard-000001.parquet"
+        table = lake_copy.read_table(file)
+        none = pa.array([False] * len(table), table.schema.field("admitted").type)
+        lake_copy.write_table(file, table.set_column(table.column_names.index("admitted"), "admitted", none))
+    refused(lake_copy, one_worker.checkpoint, stage2_config(), "data")
+
+
+def test_a_distillation_of_other_embeddings_is_refused(lake_copy, one_worker):
+    """Beta was extracted anew with other weights, and the selection made anew by these under its old name."""
+    teacher = lake_copy.read_json("features/teacher=beta/teacher.json")
+    made = {**teacher["fingerprint"], "weights_sha256": "another"}
+    lake_copy.write_json("features/teacher=beta/teacher.json", {**teacher, "fingerprint": made})
+    selection = lake_copy.read_json("selection/sel/selection.json")
+    selection["fingerprint"]["teachers"]["beta"] = fingerprint(made)
+    lake_copy.write_json("selection/sel/selection.json", selection)
+    refused(lake_copy, one_worker.checkpoint, stage2_config(), "teachers.beta.weights_sha256")
 
 
 def test_stage_2_says_what_it_lacks(place, one_worker, tmp_path):
@@ -209,16 +296,15 @@ def driver(place, run, stage=1) -> subprocess.Popen:
         "import sys, ray; sys.path.insert(0, sys.argv[3])\n"
         "from trainer.config import Stage1Config, Stage2Config\n"
         "from trainer.stage1 import train_stage1\nfrom trainer.stage2 import train_stage2\n"
-        "ray.init(num_cpus=3, object_store_memory=1 << 28, include_dashboard=False)\n"
+        "ray.init('local', num_cpus=3, object_store_memory=1 << 28, include_dashboard=False)\n"
         "lake, run, config = sys.argv[1], sys.argv[2], sys.argv[4]\n"
         "if sys.argv[5] == '1':\n"
         "    train_stage1(lake, run, Stage1Config.model_validate_json(config))\n"
         "else:\n"
         "    train_stage2(lake, run, lake + '/runs/one', Stage2Config.model_validate_json(config))\n"
     )
-    root = str(Path(__file__).parent.parent.parent)
     config = (stage1_config(place, workers=2) if stage == 1 else full_config(workers=2)).model_dump_json()
-    command = [sys.executable, "-c", code, str(place / "lake"), run, root, config, str(stage)]
+    command = [sys.executable, "-c", code, str(place / "lake"), run, str(ROOT), config, str(stage)]
     return subprocess.Popen(command, start_new_session=True)
 
 
@@ -228,28 +314,70 @@ def full_config(**scale) -> Stage2Config:
     return stage2_config(**scale).model_copy(update={"distill": weights})
 
 
-def killed_after(place, run, stage, step=3) -> None:
-    """Start a run on two workers, kill its driver once a step is saved, and leave what a torn save leaves."""
+class Interrupted(NamedTuple):
+    """A run at the moment of its accident."""
+
+    kept: list[dict[str, Any]]
+    """Its metric rows up to the checkpoint that it must go on from."""
+    at: float
+
+
+def interrupted(place, run, at) -> Interrupted:
+    """Read what a run left that nobody works on now."""
+    from trainer.checkpoint import newest_checkpoint
+
+    checkpoint = newest_checkpoint(Storage(str(place / f"lake/runs/{run}")))
+    assert 3 <= checkpoint.step < checkpoint.state()["total_steps"]
+    assert not (place / f"lake/runs/{run}/result.json").exists()
+    return Interrupted([row for row in rows_of(place, run) if row["step"] <= checkpoint.step], at)
+
+
+def went_on(place, run, accident: Interrupted) -> None:
+    """Steps up to the checkpoint were not done again: their rows are the old ones, clock and all; later ones were."""
+    rows = rows_of(place, run)
+    assert rows[: len(accident.kept)] == accident.kept
+    done = [row["at"] for row in rows[len(accident.kept) :]]
+    assert done
+    assert min(done) > accident.at
+
+
+def killed_after(place, run, stage, step=3) -> Interrupted:
+    """Start a run on two workers, kill all of it once a step is saved, and leave what a torn save leaves."""
     process = driver(place, run, stage)
     first = place / f"lake/runs/{run}/checkpoints/step-{step:08d}/checkpoint.json"
     deadline = time.monotonic() + 300
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
     assert first.exists()
-    assert not (place / f"lake/runs/{run}/result.json").exists()
+    # The driver first, which would replace a worker; its workers too, which would go on for a while without it.
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+    wait_for(lambda: not any(map(alive, family)), 30, "the end of the killed")
+    at = time.time()
     torn = place / f"lake/runs/{run}/checkpoints/step-00000009"
     torn.mkdir(exist_ok=True)
     (torn / "checkpoint.json").unlink(missing_ok=True)
+    return interrupted(place, run, at)
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether it may still write anything."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_a_run_killed_on_two_workers_goes_on_with_one_and_the_same_batches(place, one_worker):
     from trainer.stage1 import train_stage1
 
-    killed_after(place, "killed", stage=1)
+    accident = killed_after(place, "killed", stage=1)
     result = train_stage1(str(place / "lake"), "killed", stage1_config(place))
     assert result.steps == one_worker.steps
+    went_on(place, "killed", accident)
     same_course(rows_of(place, "one"), rows_of(place, "killed"))
 
 
@@ -258,8 +386,9 @@ def test_a_distillation_killed_on_two_workers_goes_on_with_one_and_the_same_draw
 
     init = str(place / "lake/runs/one")
     train_stage2(str(place / "lake"), "undisturbed", init, full_config())
-    killed_after(place, "killed-2", stage=2)
+    accident = killed_after(place, "killed-2", stage=2)
     train_stage2(str(place / "lake"), "killed-2", init, full_config())
+    went_on(place, "killed-2", accident)
     left, right = rows_of(place, "undisturbed"), rows_of(place, "killed-2")
     same_course(left, right)
     for term in ("image_text", "image_image", "graph", "heads"):
@@ -270,29 +399,59 @@ def test_a_killed_worker_is_replaced_and_the_course_stays_the_same(place, one_wo
     from trainer.stage1 import train_stage1
 
     lake, run = str(place / "lake"), place / "lake/runs/replaced"
-    kills = []
+    accidents = []
+
+    def group(*, without=frozenset()) -> list[psutil.Process]:
+        """The two training workers, once they are there, none of them of an earlier group."""
+
+        def found():
+            here = [process for process in workers(os.getpid(), TRAIN_WORKER) if process.pid not in without]
+            return here if len(here) == 2 else None
+
+        return wait_for(found, 120, "two workers")
 
     def kill_one():
-        while not (run / "checkpoints/step-00000003/checkpoint.json").exists():
+        first = group()
+        deadline = time.monotonic() + 120
+        while not (run / "checkpoints/step-00000003/checkpoint.json").exists() and time.monotonic() < deadline:
             time.sleep(0.005)
-        ours = psutil.Process().children(recursive=True)
-        workers = [process for process in ours if "RayTrainWorker" in " ".join(process.cmdline())]
-        kills.append(len(workers))
-        workers[-1].kill()
+        first[-1].kill()
+        at = time.time()
+        # Ray Train restarts the whole group. The new one has yet to start up, and the old one is gone.
+        second = group(without={process.pid for process in first})
+        assert not any(map(alive, first))
+        accidents.append((interrupted(place, "replaced", at), second))
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
     train_stage1(lake, "replaced", stage1_config(place, workers=2))
     killer.join(5)
-    assert kills == [2]
+    ((accident, second),) = accidents
+    assert len(second) == 2
+    went_on(place, "replaced", accident)
     same_course(rows_of(place, "one"), rows_of(place, "replaced"))
 
 
-def test_an_elastic_run_takes_the_workers_there_are_room_for(place, one_worker):
+def test_an_elastic_run_goes_on_with_the_workers_there_is_room_for(place, one_worker, tmp_path):
+    """Two machines of one CPU each, then one of them: two workers, then one."""
+    config, log, output = tmp_path / "config.json", tmp_path / "seen.json", tmp_path / "output"
+    config.write_text(stage1_config(place, workers=1, max_workers=2).model_dump_json())
+    script = ROOT / "tests/support/shrinking_training.py"
+    command = [sys.executable, str(script), str(place / "lake"), "elastic", str(config), str(log)]
+    # A cluster leaves its address where every other Ray of this machine would find it, so it gets a place of its own.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as own, output.open("wb") as stream:
+        environment = {**os.environ, "RAY_TMPDIR": own}
+        done = subprocess.run(command, stdout=stream, stderr=stream, timeout=400, cwd=ROOT, env=environment)
+    assert done.returncode == 0, output.read_text()[-3000:]
+    seen = json.loads(log.read_text())
+    assert len(seen["before"]) == 2
+    assert seen["after"] == 1
+    same_course(rows_of(place, "one"), rows_of(place, "elastic"))
+
+
+def test_sizes_an_elastic_run_cannot_have_are_refused(place, ray_local):
     from trainer.stage1 import train_stage1
 
-    train_stage1(str(place / "lake"), "elastic", stage1_config(place, workers=1, max_workers=2))
-    same_course(rows_of(place, "one"), rows_of(place, "elastic"))
     with pytest.raises(TrainError, match=r"not a multiple of 3 workers"):
         train_stage1(str(place / "lake"), "no", stage1_config(place, workers=1, max_workers=3))
     with pytest.raises(TrainError, match=r"max_workers=1 is less"):

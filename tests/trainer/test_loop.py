@@ -1,21 +1,30 @@
 """The loop on plain lists: learns, accumulates exactly, skips what is not finite, and knows when to stop."""
 
 import dataclasses
+import itertools
 import logging
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import distributed
 
 from common.errors import TrainError
+from common.lake import open_lake
 from common.storage import Storage
 from trainer.architecture import read_architecture
-from trainer.config import DistillConfig, OptimConfig
-from trainer.data import Batch, TeacherRows
+from trainer.config import DataConfig, DistillConfig, OptimConfig
+from trainer.data import Batch, TeacherRows, TrainData
+from trainer.feed import local_batches
+from trainer.launch import build_order, find_rows
 from trainer.loop import LoopPlan, forward_backward, train, validation_loss
 from trainer.objectives import ContrastiveObjective, DistillObjective
-from trainer.optim import build_optimizer
-from trainer.student import Student
+from trainer.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from trainer.student import Student, StudentOutput
 
 PLAN = LoopPlan(total_steps=6, steps_per_epoch=2, optim=OptimConfig(lr=1e-3, warmup_steps=1), accumulate=1, seed=0)
 
@@ -154,3 +163,108 @@ def test_the_same_start_gives_the_same_losses(student):
     student.load_state_dict(start)
     again = run(student, [make_batch(step) for step in range(4)])
     assert [r.terms for r in first] == [r.terms for r in again]
+
+
+class Dropping(torch.nn.Module):
+    """A student with dropout, whose masks must follow from the step."""
+
+    def __init__(self, student):
+        super().__init__()
+        self.inner = student
+
+    def forward(self, pixels, tokens):
+        return StudentOutput(*(F.normalize(F.dropout(side, 0.2), dim=-1) for side in self.inner(pixels, tokens)))
+
+
+def test_going_on_from_a_state_is_the_same_as_never_having_stopped(tiny_lake, student_folder):
+    lake, teachers = open_lake(tiny_lake), ("alpha", "beta")
+    config = DataConfig(batch_size=16, lanes=4)
+    order = build_order(find_rows(lake, teachers, "sel", 0), config, lake)
+    architecture = read_architecture(Storage(str(student_folder)))
+    data = TrainData(lake.uri, order, architecture, config.crop_scale, teachers, "sel")
+    plan = dataclasses.replace(PLAN, steps_per_epoch=order.steps_per_epoch)
+    assert 3 % plan.steps_per_epoch, "the stop should be within an epoch"
+
+    def parts(seed):
+        torch.manual_seed(seed)
+        weights = DistillConfig(heads=1.0, drop_teachers=0.5, queue=24)
+        student, dims = Student(architecture), {"alpha": (8, 8), "beta": (12, 12)}
+        objective = DistillObjective(weights, dict.fromkeys(teachers, 20.0), 10.0, 16, dims)
+        return student, objective, build_optimizer({"student": student, "objective": objective}, plan.optim)
+
+    def steps(student, objective, optimizer, first, stop):
+        batches = local_batches(data, first, plan.total_steps)
+        reports = train(batches, Dropping(student), objective, optimizer, plan, first_step=first)
+        return list(itertools.islice(reports, stop - first))
+
+    whole = steps(*parts(0), 0, 6)
+    student, objective, optimizer = parts(0)
+    start = steps(student, objective, optimizer, 0, 3)
+    saved = student.tensors(0.0), objective.state_dict(), optimizer_tensors(optimizer)
+    student, objective, optimizer = parts(1)
+    student.load_tensors(saved[0], "memory")
+    objective.load_state_dict(saved[1])
+    load_optimizer_tensors(optimizer, saved[2])
+    rest = steps(student, objective, optimizer, 3, 6)
+    assert [report.step for report in rest] == [4, 5, 6]
+    for ours, theirs in zip([*start, *rest], whole, strict=True):
+        assert ours.batch.sample_ids == theirs.batch.sample_ids
+        assert (ours.step, ours.epoch, ours.lr) == (theirs.step, theirs.epoch, theirs.lr)
+        assert (ours.terms, ours.grad_norm) == (theirs.terms, theirs.grad_norm)
+
+
+def test_two_ranks_skip_the_step_in_which_one_of_them_is_not_finite(student_folder, tmp_path):
+    address = f"file://{tmp_path}/meeting"
+    ranks = [
+        subprocess.Popen([sys.executable, __file__, str(rank), address, str(student_folder), str(tmp_path)])
+        for rank in range(2)
+    ]
+    assert [process.wait(120) for process in ranks] == [0, 0]
+    found = [torch.load(tmp_path / f"rank-{rank}") for rank in range(2)]
+    for rank, (skipped, parameters, log) in enumerate(found):
+        # One rank's teacher in the second step, one rank's gradient in the fourth.
+        assert skipped == [False, True, False, True, False]
+        for step in range(1, 5):
+            assert torch.equal(parameters[step], parameters[step - 1]) == skipped[step], step
+        assert torch.isfinite(parameters[-1]).all()
+        # Each names its own share, so that the log of all names the sample.
+        assert [line.partition(": ")[0] for line in log] == ["step 1", "step 3"]
+        assert all(line.endswith(", ".join(f"{rank}-{i}" for i in range(8))) for line in log)
+    for ours, theirs in zip(found[0][1], found[1][1], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def _one_of_two(rank, address, student_folder, folder):
+    torch.set_num_threads(1)  # two processes on two cores
+    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    log: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: log.append(record.getMessage())
+    logging.getLogger("mmkd").addHandler(handler)
+    torch.manual_seed(0)
+    student = Student(read_architecture(Storage(student_folder)))
+    objective = DistillObjective(DistillConfig(), {"t": 10.0}, 10.0)
+    optimizer = build_optimizer({"student": student, "objective": objective}, PLAN.optim)
+    learns = [*student.parameters(), *objective.parameters()]
+    batches = [
+        dataclasses.replace(make_batch(2 * step + rank), sample_ids=[f"{rank}-{i}" for i in range(8)])
+        for step in range(5)
+    ]
+    if rank == 1:
+        batches[1] = broken(batches[1])
+        backward_passes = iter(range(5))
+        # The second step has no backward pass, so the fourth step's is the third.
+        first = next(p for p in student.parameters() if p.requires_grad)
+        first.register_hook(lambda gradient: gradient * float("inf") if next(backward_passes) == 2 else gradient)
+    model = torch.nn.parallel.DistributedDataParallel(student)
+    skipped, parameters = [], []
+    for report in train(batches, model, objective, optimizer, PLAN, 0, model.no_sync):
+        skipped.append(report.skipped)
+        parameters.append(torch.cat([parameter.detach().flatten() for parameter in learns]))
+    torch.save((skipped, parameters, log), f"{folder}/rank-{rank}")
+    distributed.barrier()
+    os._exit(0)  # gloo's threads, if still running, would abort an ordinary interpreter exit
+
+
+if __name__ == "__main__":  # one of the two processes of the test above
+    _one_of_two(int(sys.argv[1]), *sys.argv[2:])

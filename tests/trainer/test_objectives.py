@@ -2,14 +2,16 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from common.config import load_config
 from trainer.alignment.maps import AffineMap
-from trainer.config import DistillConfig
+from trainer.config import DistillConfig, Stage2Config
 from trainer.losses import clip_loss
 from trainer.objectives import (
     PAPER_CROSS_SCALE,
@@ -19,6 +21,8 @@ from trainer.objectives import (
 )
 from trainer.student import StudentOutput
 from trainer.teacher_vectors import TeacherBatch, draw_teacher, stored_dims
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
 def unit(rows, width, seed):
@@ -141,33 +145,37 @@ def published_losses(image, text, scale, teacher_image, teacher_text):
     return task, regression, crosswise / 2
 
 
-PAPER = DistillConfig(
-    contrastive=1,
-    image_text=0,
-    image_image=0,
-    text_text=0,
-    heads=0,
-    feature=50,
-    cross=1,
-    cross_scale="constant",
-    target_length="stored",
-)
+PAPER = load_config(Stage2Config, str(RECIPES / "paper-stage2.yaml"), ()).distill
 
 
-def test_the_papers_terms_are_those_of_the_published_code_on_its_own_samples(shared_data):
+def test_the_papers_recipe_gives_the_numbers_of_the_published_code_on_its_own_samples(shared_data):
+    """All teachers of each sample, one of them drawn; the reference sees only those that the draws mean."""
     folder = shared_data / "mmkd-demo"
     rows = [json.loads(line) for line in (folder / "meta.jsonl").read_text().splitlines()]
-    sides: dict[str, list[torch.Tensor]] = {"img": [], "txt": []}
-    for row in rows:
+    names = sorted({name for row in rows for name in row["available_clips"]})
+    assert len(names) > 2
+    stored = {(name, side): torch.zeros(len(rows), 512) for name in names for side in ("img", "txt")}
+    mask_KN = torch.tensor([[name in row["available_clips"] for row in rows] for name in names])
+    draws_NK = torch.rand(len(rows), 1 + len(names), generator=torch.Generator().manual_seed(0))
+    drawn: dict[str, list[torch.Tensor]] = {"img": [], "txt": []}
+    chosen = []
+    for number, row in enumerate(rows):
         file = folder / "features" / row["folderid"] / row["id"] / "clips_project_output.pt"
         found = torch.load(file, weights_only=True)
-        for side, vectors in sides.items():
-            vectors.append(found[f"{row['available_clips'][-1]}_{side}"])
-    projected = [torch.stack(vectors) for vectors in sides.values()]
-    mask = torch.ones(len(rows), dtype=torch.bool)
+        there = sorted(row["available_clips"])
+        chosen.append(there[int(draws_NK[number, 0] * len(there))])
+        for side, vectors in drawn.items():
+            vectors.append(found[f"{chosen[-1]}_{side}"])
+            for name in there:
+                stored[name, side][number] = found[f"{name}_{side}"]
+    assert len(set(chosen)) > 1
+    teachers = {
+        name: TeacherBatch(stored[name, "img"], stored[name, "txt"], mask_N, mask_N)
+        for name, mask_N in zip(names, mask_KN, strict=True)
+    }
     output = StudentOutput(unit(len(rows), 512, 0), unit(len(rows), 512, 1))
-    terms = DistillObjective(PAPER, {"t": 1.0}, 20.0)(output, {"t": TeacherBatch(*projected, mask, mask)})
-    task, regression, crosswise = published_losses(*output, 20.0, *projected)
+    terms = DistillObjective(PAPER, dict.fromkeys(names, 1.0), 20.0)(output, teachers, draws_NK)
+    task, regression, crosswise = published_losses(*output, 20.0, *(torch.stack(side) for side in drawn.values()))
     assert terms.contrastive.item() == pytest.approx(task, abs=1e-6)
     assert terms.feature.item() == pytest.approx(regression, abs=1e-6)
     assert terms.cross.item() == pytest.approx(crosswise, abs=1e-6)

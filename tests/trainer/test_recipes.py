@@ -30,9 +30,11 @@ def test_the_papers_stage_2_and_its_mended_form_differ_in_the_defects_only():
     terms = paper.distill
     assert (terms.contrastive, terms.feature, terms.cross) == (1, 50, 1)
     assert (terms.image_text, terms.image_image, terms.text_text, terms.heads) == (0, 0, 0, 0)
+    assert (terms.cross_scale, terms.target_length, paper.optim.clip_norm) == ("constant", "stored", None)
     changed = terms.model_copy(update={"cross_scale": "learned", "target_length": "unit"})
     assert mended == paper.model_copy(update={"distill": changed})
 
 
-def test_the_default_is_what_stage_2_does_by_itself():
-    assert load_config(Stage2Config, str(RECIPES / "default-stage2.yaml"), ()) == Stage2Config()
+@pytest.mark.parametrize(("stage", "kind"), [("stage1", Stage1Config), ("stage2", Stage2Config)])
+def test_the_default_is_what_a_stage_does_by_itself(stage, kind):
+    assert load_config(kind, str(RECIPES / f"default-{stage}.yaml"), ()) == kind()

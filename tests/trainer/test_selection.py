@@ -1,14 +1,17 @@
 """Selection against the same figures worked out row by row, and its rule at the edges."""
 
+import math
+
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from common.errors import LakeError
-from common.lake import open_lake
+from common.lake import Lake, open_lake
 from trainer.config import SelectConfig
 from trainer.selection.select import select
 from trainer.selection.stored import choose_selection
-from trainer.selection.summary import format_summary
+from trainer.selection.summary import format_found_first, format_summary
 
 EVERYONE = SelectConfig(min_skill=0, keep_fraction=1)
 
@@ -169,17 +172,133 @@ def test_where_nobody_may_speak_the_best_competent_teacher_does_if_so_asked(tiny
                 assert entry["kept"] == pytest.approx(np.mean(here) if here else 0, abs=2e-4)
 
 
-def test_the_report_shows_keep_rates_and_what_becomes_of_retrieval(tiny_lake):
+def test_the_report_shows_keep_rates_and_what_becomes_of_retrieval(tiny_lake, caplog):
     lake = open_lake(tiny_lake)
-    name = select(tiny_lake, SelectConfig(min_skill=0, keep_fraction=0.5))
+    with caplog.at_level("INFO", "mmkd"):
+        name = select(tiny_lake, SelectConfig(min_skill=0, keep_fraction=0.5))
     chart = lake.storage.read_bytes(f"selection/{name}/keep-rates.svg").decode()
     assert "alpha" in chart
     assert "green" in chart
     summary = lake.storage.read_json(f"selection/{name}/selection.json")["summary"]
     before, after = summary["alpha"]["red"]["found_first"]
-    assert 0 <= before <= 1
-    assert 0 <= after <= 1
     assert summary["beta"]["red"]["found_first"] == [None, None]
+    table = caplog.text[caplog.text.index("true caption ranked first among up to 1000 sampled others") :]
+    assert f"{before:.1%} -> {after:.1%}" in table
+
+
+@pytest.mark.parametrize("keep_one", [False, True])
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_retrieval_before_and_after_is_that_of_the_rows_themselves(tiny_lake, share, keep_one):
+    skills = select(tiny_lake, EVERYONE)
+    bar = open_lake(tiny_lake).storage.read_json(f"selection/{skills}/selection.json")["summary"]["alpha"]
+    middle = sorted(entry["skill"] for entry in bar.values())[1]
+    name = select(tiny_lake, SelectConfig(min_skill=middle + 1e-3, keep_fraction=share, keep_one=keep_one))
+    summary = open_lake(tiny_lake).storage.read_json(f"selection/{name}/selection.json")["summary"]
+    absent = 0
+    for teacher, entries in summary.items():
+        rows = [row for row in selected(tiny_lake, name, teacher) if row["cosine"] is not None]
+        for modality, entry in entries.items():
+            here = [row for row in rows if row["modality"] == modality]
+            kept = [row["rank"] == 1 for row in here if row["admitted"]]
+            assert entry["kept"] == pytest.approx(len(kept) / max(len(here), 1), abs=1e-4)
+            for found, ranks in zip(entry["found_first"], ([row["rank"] == 1 for row in here], kept), strict=True):
+                assert found == (pytest.approx(np.mean(ranks), abs=1e-4) if ranks else None)
+            absent += bool(here) and not kept
+    assert absent >= 2  # a teacher below the bar speaks nowhere, whatever the rule would have kept
+
+
+def test_the_printed_tables_keep_their_columns_apart():
+    first = {"skill": 0.4449, "competent": True, "kept": 1.0, "found_first": [0.125, 0.15]}
+    second = {"skill": 0.5, "competent": False, "kept": 0.0, "found_first": [0.02, None]}
+    third = {"skill": None, "competent": False, "kept": 0.0, "found_first": [None, None]}
+    summary = {"t": {"a": first, "b": second, "c": third}}
+    assert [line.split("  ") for line in format_summary(summary).splitlines()][1] == [
+        "t",
+        *[""] * 3,
+        "skill 0.44 kept 100%",
+        "skill 0.50 kept 0%",
+        "no vectors kept 0%",
+    ]
+    assert format_found_first(summary).splitlines()[1].split() == ["t", "12.5%", "->", "15.0%", "2.0%", "->", "-", "-"]
+
+
+def make_skilful(uri: str, teacher: str) -> None:
+    """Give a teacher text vectors that lie near those of their pictures."""
+    lake = open_lake(uri)
+    for shard in lake.shards():
+        file = f"features/teacher={teacher}/shard-{shard:06d}.parquet"
+        table = lake.storage.read_table(file)
+        rows = table.to_pylist()
+        for row in rows:
+            if row["image_embedding"] is not None:
+                noise = np.random.default_rng(int(row["sample_id"], 16)).normal(size=len(row["image_embedding"]))
+                text = np.array(row["image_embedding"]) + 0.05 * noise
+                row["text_embedding"] = (text / np.linalg.norm(text)).tolist()
+        lake.storage.write_table(file, pa.Table.from_pylist(rows, schema=table.schema))
+
+
+def test_by_default_competent_teachers_keep_the_papers_74_percent_in_each_modality(tiny_lake):
+    for teacher in ("alpha", "beta"):
+        make_skilful(tiny_lake, teacher)
+    name = select(tiny_lake, SelectConfig())
+    summary = open_lake(tiny_lake).storage.read_json(f"selection/{name}/selection.json")["summary"]
+    train = {row["sample_id"] for row in everything(tiny_lake, "alpha") if row["split"] == "train"}
+    checked = 0
+    for teacher, entries in summary.items():
+        rows = [row for row in selected(tiny_lake, name, teacher) if row["cosine"] is not None]
+        for modality, entry in entries.items():
+            here = [row for row in rows if row["modality"] == modality]
+            if not here:
+                continue
+            assert entry["competent"]
+            learned = [row["admitted"] for row in here if row["sample_id"] in train]
+            # Exact among the train rows, by which the threshold is set; a few val rows come on top.
+            assert sum(learned) == len(learned) - math.floor(0.26 * len(learned))
+            assert entry["kept"] == pytest.approx(0.74, abs=1 / len(learned) + 1 - len(learned) / len(here))
+            checked += 1
+    assert checked == 5
+
+
+@pytest.mark.parametrize("keep_one", [False, True])
+def test_rows_without_a_teacher_are_counted_and_a_silent_modality_is_warned_of(tiny_lake, keep_one, caplog):
+    make_skilful(tiny_lake, "beta")  # which has no vectors of the red ones
+    with caplog.at_level("INFO", "mmkd"):
+        name = select(tiny_lake, SelectConfig(min_skill=0.9, keep_one=keep_one))
+    rows = {teacher: selected(tiny_lake, name, teacher) for teacher in ("alpha", "beta")}
+    alone = [not any(both) for both in zip(*([row["admitted"] for row in one] for one in rows.values()), strict=True)]
+    counted = open_lake(tiny_lake).storage.read_json(f"selection/{name}/selection.json")["rows"]
+    for modality in ("red", "green", "blue"):
+        here = [lonely for lonely, row in zip(alone, rows["alpha"], strict=True) if row["modality"] == modality]
+        assert counted[modality] == {"rows": len(here), "without_teacher": sum(here)}
+    scored = [row["admitted"] for one in rows.values() for row in one if row["cosine"] is not None]
+    assert f"kept {np.mean(scored):.0%} overall ({sum(scored)} of {len(scored)}," in caplog.text
+    assert f"{sum(alone)} of 96 rows ({np.mean(alone):.0%}) have no teacher" in caplog.text
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "no teacher may speak for any row of red (32 rows, best skill 0." in warning
+    assert " of alpha), so stage 2" in warning
+    assert "min_skill=0.9" in warning
+    assert ("keep_one does not change that" in warning) is keep_one
+    assert "green" not in warning
+
+
+@pytest.mark.parametrize("keep_one", [False, True])
+def test_vectors_are_read_twice_and_the_report_reads_none(tiny_lake, keep_one, monkeypatch):
+    read, seen = Lake.read_features, []
+
+    def counting(self, teacher, shard, *columns):
+        seen.append((teacher, shard))
+        return read(self, teacher, shard, *columns)
+
+    monkeypatch.setattr(Lake, "read_features", counting)
+    select(tiny_lake, SelectConfig(min_skill=0, keep_one=keep_one))
+    assert sorted(seen) == sorted([(teacher, shard) for teacher in ("alpha", "beta") for shard in range(4)] * 2)
+
+
+def test_no_warning_where_each_modality_has_a_teacher(tiny_lake, caplog):
+    with caplog.at_level("INFO", "mmkd"):
+        select(tiny_lake, EVERYONE)
+    assert "0 of 96 rows (0%) have no teacher" in caplog.text
+    assert "WARNING" not in {record.levelname for record in caplog.records}
 
 
 def test_a_sample_is_of_bounded_size_and_does_not_depend_on_the_shards():

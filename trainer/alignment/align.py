@@ -45,13 +45,20 @@ def align(lake_uri: str, config: AlignConfig) -> str:
         return name
     rows = TrainRows(lake, selection, tuple(sorted(teachers)))
     facts: dict[str, Any] = {}
-    if config.recipe == "standardise":
+    if config.recipe == "none":
+        maps: Maps = {name: {} for name in rows.teachers}
+    elif config.recipe == "standardise":
         maps = standardise(rows)
     else:
         maps, facts["course"] = fit_paper(rows, config)
     facts["agreement"] = describe_agreement(take_sample(rows, config), maps)
     save_alignment(lake, identity, maps, facts)
     logger.info("align: wrote alignment/%s\n%s", name, format_agreement(facts["agreement"]))
+    if config.recipe == "standardise":
+        logger.info(
+            "align: each side was turned by itself, so pictures no longer find their captions; this alignment is for "
+            "distill.heads, which learn each side alone"
+        )
     return name
 
 
@@ -85,6 +92,7 @@ def fit_paper(rows: TrainRows, config: AlignConfig) -> tuple[Maps, list[float]]:
             "the others with --teachers, or use --recipe standardise."
         )
     progress = Progress("align", config.autoencoder.epochs * len(rows.shards), "shards")
+    heard = set()
 
     def epoch(number: int) -> Iterator[dict[str, tuple[np.ndarray, np.ndarray]]]:
         size = config.autoencoder.batch_size
@@ -98,14 +106,19 @@ def fit_paper(rows: TrainRows, config: AlignConfig) -> tuple[Maps, list[float]]:
                     image, text = (sides[side][order[first : first + size]] for side in SIDES)
                     both = np.isfinite(image[:, 0]) & np.isfinite(text[:, 0])
                     batch[name] = image[both], text[both]
+                    if both.any():
+                        heard.add(name)
                 yield batch
             progress.advance(1)
+        if unheard := sorted(set(rows.teachers) - heard):
+            raise TrainError(
+                f"There is no train row for which {', '.join(unheard)} may speak with picture and caption, so nothing "
+                "could be fitted to it. Loosen the selection, or name the other teachers with --teachers."
+            )
 
     dims = {name: int(found["image"] or 0) for name, found in rows.dims.items()}
     epochs = (epoch(number) for number in range(config.autoencoder.epochs))
     maps, course = fit_autoencoder(epochs, dims, config.autoencoder, config.seed)
-    if not any(course):
-        raise TrainError("There is no train row for which any of the teachers may speak; loosen the selection.")
     logger.info("align: error of the reconstruction by epoch: %s", ", ".join(f"{error:.5f}" for error in course))
     return maps, [round(error, 8) for error in course]
 

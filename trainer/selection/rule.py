@@ -21,10 +21,6 @@ class Verdict:
     found: Modality
     skill: float
     competent: bool
-    found_first: tuple[float, float | None]
-    """Share of sampled pairs whose caption ranks first, of all and of those the rule keeps."""
-    rows: int = 0
-    kept: int = 0
 
 
 @dataclass
@@ -34,8 +30,6 @@ class Rule:
     config: SelectConfig
     verdicts: dict[str, Verdict | None] = field(default_factory=dict)
     """Modality -> verdict; None where the teacher has no pair of vectors."""
-    unscored: dict[str, int] = field(default_factory=dict)
-    """Modality -> rows."""
 
     @classmethod
     def of(cls, survey: dict[str, Modality | None], config: SelectConfig) -> Rule:
@@ -47,12 +41,9 @@ class Rule:
     @classmethod
     def _judge(cls, found: Modality, config: SelectConfig) -> Verdict:
         cosine_C = np.einsum("nd,nd->n", found.image_CD, found.text_CD)
-        rank_C, among_C, beaten_C = found.ranks(found.image_CD, cosine_C, found.keys_C)
-        kept_C = _keeps(config, found.quantiles(cosine_C), rank_C, among_C)
+        _, _, beaten_C = found.ranks(found.image_CD, cosine_C, found.keys_C)
         skill = float(beaten_C.mean())
-        first_C = rank_C == 1
-        after = float(first_C[kept_C].mean()) if kept_C.any() else None
-        return Verdict(found, skill, skill >= config.min_skill, (float(first_C.mean()), after))
+        return Verdict(found, skill, skill >= config.min_skill)
 
     def decide(self, rows: ShardRows, vectors: ShardVectors) -> pa.Table:
         """A shard of the selection: schema :data:`common.schemas.SELECTION`, row-aligned with the pairs."""
@@ -64,7 +55,6 @@ class Rule:
             all_N = rows.modality_N == modality
             verdict = self.verdicts[modality]
             if verdict is None:
-                self.unscored[modality] = self.unscored.get(modality, 0) + int(all_N.sum())
                 continue
             here = np.flatnonzero(all_N & scored_N)
             image, text = vectors.image_ND[here], vectors.text_ND[here]
@@ -73,8 +63,6 @@ class Rule:
             quantile_N[here] = verdict.found.quantiles(cosine_N[here])
             keeps = _keeps(self.config, quantile_N[here], rank_N[here], among_N[here])
             admitted_N[here] = keeps & verdict.competent
-            verdict.rows += len(here)
-            verdict.kept += int(admitted_N[here].sum())
         unknown_N = ~np.isfinite(cosine_N)
         columns = [
             pa.array(rows.sample_id, pa.string()),
@@ -85,16 +73,14 @@ class Rule:
         return pa.table(columns, schema=SELECTION)
 
     def summary(self) -> dict[str, Any]:
-        """Modality -> skill, competence, share kept, mean cosine, retrieval before and after."""
+        """Modality -> skill, competence, mean cosine; what the rule came to is counted afterwards."""
         return {
-            modality: {"skill": None, "competent": False, "kept": 0.0, "mean_cosine": None, "found_first": [None, None]}
+            modality: {"skill": None, "competent": False, "mean_cosine": None}
             if verdict is None
             else {
                 "skill": round(verdict.skill, 4),
                 "competent": verdict.competent,
-                "kept": round(verdict.kept / max(verdict.rows, 1), 4),
                 "mean_cosine": round(verdict.found.total / max(verdict.found.count, 1), 4),
-                "found_first": [None if share is None else round(share, 4) for share in verdict.found_first],
             }
             for modality, verdict in self.verdicts.items()
         }

@@ -15,8 +15,9 @@ from trainer.config import SelectConfig
 from trainer.selection.read import check_complete, read_shards
 from trainer.selection.rule import Rule
 from trainer.selection.stored import MANIFEST
-from trainer.selection.summary import format_summary, keep_rates_chart
+from trainer.selection.summary import format_found_first, format_silent, format_summary, format_totals, keep_rates_chart
 from trainer.selection.survey import survey_teacher
+from trainer.selection.tally import Tally, tally
 
 CHART = "keep-rates.svg"
 
@@ -24,7 +25,8 @@ CHART = "keep-rates.svg"
 def select(lake_uri: str, config: SelectConfig) -> str:
     """Score every pair with every teacher, decide, and write ``selection/<fingerprint>/teacher=<t>/shard-k``.
 
-    Two passes over each teacher's shards; memory is that of a shard and of the candidates.
+    Two passes over each teacher's vectors, then one over the decisions; memory is that of a shard and of the
+    candidates.
 
     Returns:
         The fingerprint, which is also the folder's name.
@@ -55,16 +57,40 @@ def select(lake_uri: str, config: SelectConfig) -> str:
         progress.advance(1, teacher)
     if config.keep_one:
         keep_one(lake, f"selection/{name}", teachers, shards, summary)
+    counts = tally(lake, f"selection/{name}", teachers, shards)
+    for (teacher, modality), count in counts.teachers.items():
+        summary[teacher][modality].update(count.report)
     lake.storage.write_bytes(f"selection/{name}/{CHART}", keep_rates_chart(summary).encode())
-    facts = {"teachers": teachers, "summary": summary}
+    rows = {modality: heard._asdict() for modality, heard in counts.modalities.items()}
+    facts = {"teachers": teachers, "summary": summary, "rows": rows}
     # Written last: a folder without it is an unfinished selection, which readers ignore.
     claim_partition(lake.storage, manifest, identity, "", facts)
-    logger.info("select: wrote selection/%s at %s\n%s", name, now(), format_summary(summary))
+    _report(name, config, counts, summary)
     return name
 
 
+def _report(name: str, config: SelectConfig, counts: Tally, summary: dict[str, dict[str, Any]]) -> None:
+    logger.info("select: wrote selection/%s at %s\n%s", name, now(), format_summary(summary))
+    logger.info(
+        "select: true caption ranked first among up to %d sampled others, of all rows -> of those kept\n%s",
+        config.candidates,
+        format_found_first(summary),
+    )
+    logger.info("select: %s", format_totals(counts))
+    silent = format_silent(counts, summary)
+    if silent:
+        logger.warning(
+            "select: no teacher may speak for any row of %s, so stage 2 leaves these rows out. A teacher may speak "
+            "where its skill is at least min_skill=%g%s. Lower min_skill, loosen keep_fraction or max_rank_fraction, "
+            "or extract with a teacher that knows them.",
+            silent,
+            config.min_skill,
+            ", and keep_one does not change that" if config.keep_one else "",
+        )
+
+
 def select_for(lake: Lake, folder: str, teacher: str, shards: list[int], config: SelectConfig) -> dict[str, Any]:
-    """Write one teacher's shards of a selection; returns its summary by modality."""
+    """Write one teacher's shards of a selection; returns what it is judged by, by modality."""
     if lake.read_teacher(teacher)["fingerprint"].get("text_dim", 0) is None:
         return admit_image_encoder(lake, folder, teacher, shards)
     rule = Rule.of(survey_teacher(read_shards(lake, teacher, shards, config.seed), config.candidates), config)
@@ -78,7 +104,7 @@ def admit_image_encoder(lake: Lake, folder: str, teacher: str, shards: list[int]
 
     Stage 2 uses it for the similarities among pictures, and for its head.
     """
-    counts: dict[str, np.ndarray] = {}
+    modalities: set[str] = set()
     for rows, vectors in read_shards(lake, teacher, shards, 0):
         present_N = np.isfinite(vectors.image_ND[:, 0])
         columns = {
@@ -88,19 +114,8 @@ def admit_image_encoder(lake: Lake, folder: str, teacher: str, shards: list[int]
             "admitted": pa.array(present_N),
         }
         lake.storage.write_table(f"{folder}/{shard_name(rows.shard)}", pa.table(columns, schema=SELECTION))
-        for modality in np.unique(rows.modality_N):
-            here_N = rows.modality_N == modality
-            counts[modality] = counts.get(modality, np.zeros(2)) + (present_N[here_N].sum(), here_N.sum())
-    return {
-        modality: {
-            "skill": None,
-            "competent": True,
-            "mean_cosine": None,
-            "found_first": [None, None],
-            "kept": round(float(kept / total), 4),
-        }
-        for modality, (kept, total) in sorted(counts.items())
-    }
+        modalities.update(rows.modality_N)
+    return {modality: {"skill": None, "competent": True, "mean_cosine": None} for modality in sorted(modalities)}
 
 
 def keep_one(
@@ -110,8 +125,6 @@ def keep_one(
 
     Shards are written again one by one, all teachers' that change; that is safe, since the manifest is not there yet.
     """
-    added: dict[tuple[str, str], int] = {}
-    totals: dict[tuple[str, str], int] = {}
     for shard in shards:
         names = {teacher: f"{folder}/teacher={teacher}/{shard_name(shard)}" for teacher in teachers}
         tables = {teacher: lake.storage.read_table(name) for teacher, name in names.items()}
@@ -131,17 +144,8 @@ def keep_one(
         best_N = quantile_KN.argmax(axis=0)
         for number, teacher in enumerate(teachers):
             chosen_N = nobody_N & (best_N == number)
-            for modality in np.unique(modality_N):
-                here_N = modality_N == modality
-                known = int((here_N & tables[teacher]["cosine"].is_valid().to_numpy()).sum())
-                totals[teacher, modality] = totals.get((teacher, modality), 0) + known
-                added[teacher, modality] = added.get((teacher, modality), 0) + int((chosen_N & here_N).sum())
             if chosen_N.any():
                 place = tables[teacher].schema.get_field_index("admitted")
                 column = pa.array(admitted[teacher] | chosen_N)
                 changed = tables[teacher].set_column(place, SELECTION.field("admitted"), column)
                 lake.storage.write_table(names[teacher], changed)
-    for (teacher, modality), count in added.items():
-        if count:
-            entry = summary[teacher][modality]
-            entry["kept"] = round(entry["kept"] + count / totals[teacher, modality], 4)

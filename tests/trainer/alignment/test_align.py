@@ -1,6 +1,7 @@
 """Alignments of small lakes: fitted to the rows that count, kept, found again, refused when they do not fit."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from trainer.alignment.align import align
 from trainer.alignment.maps import AffineMap, load_alignment
 from trainer.config import AlignConfig, AutoencoderConfig, DistillConfig
 from trainer.objectives import DistillObjective
-from trainer.stage2 import insist_on_width, teacher_dims
+from trainer.stage2 import insist_on_one_space, insist_on_width, teacher_dims
 from trainer.student import StudentOutput
 from trainer.teacher_vectors import TeacherBatch
 from trainer.train_rows import TrainRows
@@ -107,6 +108,40 @@ def test_an_image_encoder_is_standardised_on_its_side_and_has_no_place_in_the_pa
     assert set(alignment.maps["pixels"]) == {"image"}
     with pytest.raises(TrainError, match="unlike pixels"):
         align(lake_with_image_encoder, PAPER)
+
+
+def test_a_teacher_that_may_speak_nowhere_is_not_given_a_map_by_chance(tiny_lake):
+    lake = open_lake(tiny_lake)
+    for shard in lake.shards():
+        name = f"selection/sel/teacher=beta/shard-{shard:06d}.parquet"
+        rows = lake.storage.read_table(name)
+        nowhere = pa.array([False] * len(rows))
+        index = rows.column_names.index("admitted")
+        lake.storage.write_table(name, rows.set_column(index, "admitted", nowhere))
+    for recipe in ("paper", "standardise"):
+        with pytest.raises(TrainError, match="beta"):
+            align(tiny_lake, PAPER.model_copy(update={"recipe": recipe}))
+    assert lake.storage.list_folders("alignment") == []
+
+
+def test_without_maps_teachers_speak_as_they_are(tiny_lake):
+    lake = open_lake(tiny_lake)
+    name = align(tiny_lake, AlignConfig(recipe="none"))
+    alignment = load_alignment(lake, name, BOTH)
+    assert (alignment.recipe, alignment.maps) == ("none", {"alpha": {}, "beta": {}})
+    assert teacher_dims(lake, BOTH, alignment) == teacher_dims(lake, BOTH, None)
+    agreement = lake.storage.read_json(f"alignment/{name}/alignment.json")["agreement"]
+    for before, after in agreement["retrieval"].values():
+        assert before == after
+
+
+def test_sides_turned_by_themselves_are_no_space_to_compare_in(tiny_lake):
+    lake = open_lake(tiny_lake)
+    turned = load_alignment(lake, align(tiny_lake, AlignConfig()), BOTH)
+    with pytest.raises(TrainError, match=rf"alignment {turned.name} \(--recipe standardise\).*--recipe paper"):
+        insist_on_one_space(turned)
+    insist_on_one_space(load_alignment(lake, align(tiny_lake, PAPER), BOTH))
+    insist_on_one_space(None)
 
 
 def test_a_shard_that_was_never_extracted_is_told(tiny_lake):
