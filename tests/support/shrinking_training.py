@@ -1,6 +1,6 @@
 """An elastic training in a cluster of its own that loses a machine: ``shrinking_training.py LAKE RUN CONFIG.json LOG``.
 
-Leaves in LOG the ids of the training workers' processes before the loss, and how many there were at most after it.
+Leaves in LOG when that was, the training workers' processes before it, and how many there were at most after it.
 """
 
 import json
@@ -41,7 +41,7 @@ def main() -> None:
         while not saved.exists() and not finished.is_set():
             time.sleep(0.005)
         cluster.remove_node(lost, allow_graceful=False)
-        seen["before"] = sorted(first)
+        seen["before"], seen["at"] = sorted(first), time.time()
         while not finished.wait(0.05):
             seen["after"] = max(seen["after"], len(pids() - first))
 

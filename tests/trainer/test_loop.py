@@ -210,7 +210,8 @@ def test_going_on_from_a_state_is_the_same_as_never_having_stopped(tiny_lake, st
     for ours, theirs in zip([*start, *rest], whole, strict=True):
         assert ours.batch.sample_ids == theirs.batch.sample_ids
         assert (ours.step, ours.epoch, ours.lr) == (theirs.step, theirs.epoch, theirs.lr)
-        assert (ours.terms, ours.grad_norm) == (theirs.terms, theirs.grad_norm)
+        assert ours.terms == pytest.approx(theirs.terms, rel=1e-5)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
 
 
 def test_two_ranks_skip_the_step_in_which_one_of_them_is_not_finite(student_folder, tmp_path):
