@@ -15,10 +15,12 @@ from common.lake import Lake, shard_name
 from common.logs import Progress, logger
 from common.schemas import PAIRS, REJECTS
 from extractor.staging import DIGEST_BYTES, StagedPart, rejects_name, staged_name
-from extractor.tasks import run_tasks
+from extractor.tasks import Workers
 
 READ_THREADS = 16
 REJECTS_PER_FILE = 50_000
+FEW_SHARDS = 4
+"""So many are written sooner than a local Ray starts."""
 OWNER = "mmkd.ingest"
 """Key of a shard's file metadata that names the ingest it belongs to."""
 
@@ -48,7 +50,7 @@ def digests_name(ingest_id: str) -> str:
     return f"ingests/{ingest_id}.parquet"
 
 
-def commit(lake: Lake, ingest_id: str, staged: list[StagedPart], shard_rows: int) -> Committed:
+def commit(lake: Lake, ingest_id: str, staged: list[StagedPart], shard_rows: int, workers: Workers) -> Committed:
     """Write the shards, rejects and digests of a staged ingest; what a killed attempt wrote already is kept.
 
     Of exact duplicates the first in source order stays, or the one that is in the lake already.
@@ -73,7 +75,7 @@ def commit(lake: Lake, ingest_id: str, staged: list[StagedPart], shard_rows: int
             todo.append({"shard": index, "pieces": pieces})
     progress = Progress("ingest: writing", len(plan), "shards")
     progress.advance(len(plan) - len(todo))
-    for _, counts in run_tasks(todo, write_shard, lake, ingest_id):
+    for _, counts in workers.run(todo, write_shard, lake, ingest_id, few=FEW_SHARDS):
         _count(done, counts)
         progress.advance(1)
     _write_rejects(lake, ingest_id, staged)

@@ -31,12 +31,14 @@ from extractor.pools import QUEUE, TeacherPool, start_pools, wait_until_seated
 from extractor.prepare import Prepare, TeacherInput
 from extractor.sink import record_valid
 from extractor.stopping import StopSignals
-from extractor.stream import Feeder, prepared_shards
-from extractor.teachers import Teacher
+from extractor.stream import Feeder, PreparedShards
+from extractor.teachers import CoreShare, Teacher, usable_cores
 from extractor.tending.ledger import Pairs
 from extractor.writing import WriteOrder
 
 POLL_SECONDS = 0.05
+CALM_SECONDS = 0.25
+"""Likewise while no further shard is wanted: what happens to those that are at work ends the wait anyway."""
 MAX_ROUNDS = 3
 """So often in a row may shards be lost with their machines before the run gives up."""
 
@@ -128,8 +130,9 @@ class Engine:
         room = config.hardware.shards_in_flight or QUEUE * most
         # The first shards are prepared while the teachers load.
         tasks = config.hardware.prepare_tasks or _spare_cpus()
-        largest = prepare.row_bytes() * max(self.pairs.rows[shard] for shard in todo)
-        feeder = Feeder(prepared_shards(prepare, tasks, largest))
+        prepared = PreparedShards(prepare, tasks)
+        prepared.allow(room + tasks)
+        feeder = Feeder(prepared, on_stop=prepared.close)
         try:
             wait_until_seated(dispatcher.pools, lambda: self.stop.asked)
             self._record_teachers(dispatcher, accepted)
@@ -149,7 +152,9 @@ class Engine:
                     shard, block = item
                     taken += 1
                     dispatcher.submit(shard, block, todo[shard])
-                yield from dispatcher.poll(POLL_SECONDS)
+                yield from dispatcher.poll(POLL_SECONDS if dispatcher.in_flight < room else CALM_SECONDS)
+                # Every task has one at hand beside those that the teachers hold; more would only take memory.
+                prepared.allow(taken - dispatcher.in_flight + room + tasks)
                 show()
         finally:
             feeder.stop()
@@ -189,8 +194,9 @@ class Engine:
 
     def _start(self, placements: dict[str, TeacherPlacement]) -> dict[str, TeacherPool]:
         actors = sum(placement.actors for placement in placements.values())
-        cpus = int(ray.cluster_resources().get("CPU", 1))
-        threads = self.config.hardware.threads or max(1, cpus // actors)
+        machines = max(1, sum(node["Alive"] for node in ray.nodes()))
+        cpus = int(ray.cluster_resources().get("CPU", 1)) // machines
+        threads = self.config.hardware.threads or CoreShare(max(1, cpus), -(-actors // machines))
         arguments = {
             name: (self.inputs[name], "auto", placement.micro_batch or self.config.micro_batch, threads)
             for name, placement in placements.items()
@@ -241,7 +247,10 @@ class Engine:
 
 def _spare_cpus() -> int:
     """Shards to prepare at the same time: one per CPU, but for one that writes."""
-    return max(1, int(ray.cluster_resources().get("CPU", 2)) - 1)
+    spare = int(ray.cluster_resources().get("CPU", 2)) - 1
+    if len(ray.nodes()) == 1:  # a local Ray counts more CPUs than there are
+        spare = min(spare, usable_cores())
+    return max(1, spare)
 
 
 def _last_wanted(todo: Todo, failures: Mapping[str, str]) -> int:

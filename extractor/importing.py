@@ -11,11 +11,13 @@ apart from what ``mmkd extract`` computes, as ``NAME.imported`` or, for projecte
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -40,7 +42,7 @@ from extractor.sink import record_valid, survey_pairs, write_features
 from extractor.sources.addresses import base_name, short_name
 from extractor.sources.lines import open_lines
 from extractor.sources.mmkd_features import KIND, parse_line, row_key
-from extractor.tasks import run_tasks
+from extractor.tasks import Workers
 from extractor.terms import check_terms
 
 META = "meta.jsonl"
@@ -121,8 +123,9 @@ def import_features(
     accept_terms: tuple[str, ...] = (),
     version: Version = "imported",
     precision: StoredPrecision = "float16",
+    session: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> ImportReport:
-    """Bring MMKD-CLIP's published pairs and features into a lake. Ray must be initialised.
+    """Bring MMKD-CLIP's published pairs and features into a lake.
 
     Args:
         place: The folder with ``meta.jsonl`` and ``features/``, or another table in such a folder.
@@ -131,6 +134,7 @@ def import_features(
         accept_terms: Partitions whose models' conditions on students are accepted.
         version: Which of the two files of a pair.
         precision: What vectors are rounded to.
+        session: As for :func:`extractor.ingest.ingest`.
 
     Raises:
         TermsError: Such conditions are not accepted; nothing was read then.
@@ -145,10 +149,25 @@ def import_features(
     specs = {teacher.partition: _spec_of(teacher, catalog) for teacher in teachers}
     created = create_lake(lake_uri, config.shard_rows)
     accepted = check_terms(created, [spec for spec in specs.values() if spec is not None], accept_terms)
-    report = ImportReport(
-        ingest(table, lake_uri, config.model_copy(update={"format": KIND})),
-        [teacher.partition for teacher in teachers],
-    )
+    with Workers(session) as workers:
+        report = ImportReport(
+            ingest(table, lake_uri, config.model_copy(update={"format": KIND}), workers.share),
+            [teacher.partition for teacher in teachers],
+        )
+        _import_features(lake_uri, table, teachers, specs, accepted, report, workers)
+    _say(report)
+    return report
+
+
+def _import_features(
+    lake_uri: str,
+    table: str,
+    teachers: list[Imported],
+    specs: dict[str, ModelSpec | None],
+    accepted: Mapping[str, str],
+    report: ImportReport,
+    workers: Workers,
+) -> None:
     lake = open_lake(lake_uri)
     identities = {teacher.partition: teacher.identity for teacher in teachers}
     run = f"import-{now()[:19].replace(':', '').replace('T', '-')}-{os.urandom(2).hex()}"
@@ -163,7 +182,7 @@ def import_features(
         items = [{"shard": shard, "partitions": names} for shard, names in todo.items()]
         written: dict[str, dict[int, int]] = {}
         shards = list(todo)
-        for number, answer in run_tasks(items, _import_item, lake.uri, table, teachers):
+        for number, answer in workers.run(items, _import_item, lake.uri, table, teachers):
             for partition, file in answer.items():
                 written.setdefault(partition, {})[shards[number]] = file["bytes"]
                 report.shards += 1
@@ -173,8 +192,6 @@ def import_features(
         for partition, files in written.items():
             record_valid(lake, partition, identities[partition], files, pairs)
     report.selection = select_present(lake, identities)
-    _say(report)
-    return report
 
 
 def find_table(place: str) -> str:

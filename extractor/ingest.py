@@ -13,9 +13,12 @@ may lie beside them. One ingest at a time may run on a lake.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -30,7 +33,7 @@ from extractor.sources import plan_sources
 from extractor.sources.addresses import identity_of, shown
 from extractor.sources.record import Part
 from extractor.staging import StagedPart, rejects_name, stage_part, staging_folder
-from extractor.tasks import run_tasks
+from extractor.tasks import Workers
 
 READ_THREADS = 16
 
@@ -55,8 +58,20 @@ class IngestReport:
     """Nothing was done: this very ingest is in the lake; the counts are those of then."""
 
 
-def ingest(source: str | list[str], lake_uri: str, config: IngestConfig) -> IngestReport:
-    """Bring one or more sources into a lake, creating it if need be. Ray must be initialised.
+def ingest(
+    source: str | list[str],
+    lake_uri: str,
+    config: IngestConfig,
+    session: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> IngestReport:
+    """Bring one or more sources into a lake, creating it if need be.
+
+    Args:
+        source: One or several addresses.
+        lake_uri: The lake.
+        config: How sources become pairs.
+        session: Context in which Ray is initialised, entered when there is work for several processes; by default it
+            must be already.
 
     Raises:
         SourceError: A source is absent, lacks a column, or gives not one usable pair.
@@ -72,9 +87,11 @@ def ingest(source: str | list[str], lake_uri: str, config: IngestConfig) -> Inge
     earlier = find_earlier(lake, ingest_id)
     if earlier is not None:
         return earlier
-    staged = stage(lake, ingest_id, parts, config)
-    insist_on_pairs(lake, ingest_id, sources, staged)
-    report = summarise(ingest_id, staged, commit(lake, ingest_id, staged, config.shard_rows))
+    with Workers(session) as workers:
+        staged = stage(lake, ingest_id, parts, config, workers)
+        insist_on_pairs(lake, ingest_id, sources, staged)
+        committed = commit(lake, ingest_id, staged, config.shard_rows, workers)
+    report = summarise(ingest_id, staged, committed)
     report.seconds = time.monotonic() - started
     record = {**vars(report), "sources": [shown(uri) for uri in sources], "fingerprint": identity}
     lake.storage.write_json(manifest_name(ingest_id), {**record, "created_at": now()})
@@ -116,7 +133,7 @@ def find_earlier(lake: Lake, ingest_id: str) -> IngestReport | None:
     return report
 
 
-def stage(lake: Lake, ingest_id: str, parts: list[Part], config: IngestConfig) -> list[StagedPart]:
+def stage(lake: Lake, ingest_id: str, parts: list[Part], config: IngestConfig, workers: Workers) -> list[StagedPart]:
     """Stage the parts that are not staged yet; returns what all parts hold, in order."""
     names = set(lake.storage.list_files(staging_folder(ingest_id), ".json"))
     there = [index for index in range(len(parts)) if StagedPart.file_name(index) in names]
@@ -130,7 +147,7 @@ def stage(lake: Lake, ingest_id: str, parts: list[Part], config: IngestConfig) -
     progress.advance(len(there))
     items = [{"index": index, "part": asdict(parts[index])} for index in todo]
     rows = sum(part.records for part in done.values())
-    for number, answer in run_tasks(items, _stage_item, lake, ingest_id, config):
+    for number, answer in workers.run(items, _stage_item, lake, ingest_id, config):
         part = done[todo[number]] = StagedPart.from_json(answer)
         rows += part.records
         progress.advance(1, f"{rows} rows")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 from common.lake import now, open_lake
 from common.lease import active_runs, hold_all
 from common.logs import logger
 from extractor.account.report import close_killed
 from extractor.config import ExtractConfig
-from extractor.engine import Engine
 from extractor.events import ExtractReport
 from extractor.partitions import (
     check_partitions,
@@ -23,13 +26,21 @@ from extractor.teachers import Teacher
 from extractor.terms import check_terms
 
 
-def extract(lake_uri: str, config: ExtractConfig, kind: type = Teacher) -> ExtractReport:
-    """Embed all pairs of a lake with the named teachers, computing only what is missing. Ray must be initialised.
+def extract(
+    lake_uri: str,
+    config: ExtractConfig,
+    kind: type = Teacher,
+    session: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> ExtractReport:
+    """Embed all pairs of a lake with the named teachers, computing only what is missing.
+
+    What is missing is found out first: a mistake, or that there is nothing to do, costs no start of Ray.
 
     Args:
         lake_uri: The lake.
         config: Which teachers, and with what.
         kind: Class of the teachers' actors.
+        session: Context in which Ray is initialised, entered when there is work; by default it must be already.
 
     Raises:
         LakeError: No lake, or a partition there was produced by something else.
@@ -57,6 +68,9 @@ def extract(lake_uri: str, config: ExtractConfig, kind: type = Teacher) -> Extra
         logger.info("extract: %d of %d files to compute (%s)", files, len(pairs.rows) * len(inputs), ", ".join(inputs))
         report.run = run
         close_killed(lake, active_runs(lake.storage).__contains__)
-        engine = Engine(lake, config, inputs, identities, pairs, leases, stop, kind)
-        engine.work(todo, report, accepted)
+        with session():
+            from extractor.engine import Engine  # brings Ray with it, whose settings the session has made
+
+            stop.catch()  # Ray has a handler of its own
+            Engine(lake, config, inputs, identities, pairs, leases, stop, kind).work(todo, report, accepted)
     return report

@@ -125,14 +125,6 @@ class Prepare:
         self.decode = decode
         self.limits = limits or DecodeLimits()
 
-    def row_bytes(self) -> int:
-        """Of a prepared row with all columns of all teachers, further captions aside."""
-        inputs = self.inputs.values()
-        pixels = {item.pixels: item.description.geometry for item in inputs if item.description.image_dim}
-        tokens = {item.tokens: item.description.context_length or 0 for item in inputs if item.description.text_dim}
-        pictures = sum(geometry.size**2 * geometry.channels for geometry in pixels.values())
-        return pictures * (1 + self.views.count) + sum(tokens.values()) * np.dtype(np.int32).itemsize
-
     def __call__(self, batch: dict[str, Any]) -> pa.Table:
         """Prepare the one shard named in the batch."""
         (index,) = batch["shard"]

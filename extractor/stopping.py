@@ -21,9 +21,14 @@ class StopSignals:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python cannot catch signals
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        self.catch()
         return self
+
+    def catch(self) -> None:
+        """Take the signals, also from whoever took them meanwhile; what was there at first is put back at the end."""
+        if self.asked is None and threading.current_thread() is threading.main_thread():  # elsewhere Python cannot
+            found = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            self._before = found | self._before
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -5,20 +5,20 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
 import ray
 
 from common.errors import ClusterError, MmkdError
+from common.gate import Gate, GateKeeper, gate_options
 from common.logs import duration
 from extractor.prepare import Prepare
 
 STALL_SECONDS = 1800.0
 """A stream that gives nothing for so long, while it is being asked, will never give anything."""
-SHARDS_PER_TASK = 2
-"""Measured: with one, tasks wait for the taker; with three, nothing is faster."""
+NO_SHARD = -1
 _ADVICE = "\nFailed to apply UDF"
 """So begins what Ray Data puts behind an error's own words."""
 _LOOK_SECONDS = 0.2
@@ -26,59 +26,84 @@ _PAUSE_SECONDS = 10.0
 """Who has not asked for so long had no need; the wait begins anew."""
 
 
-def prepared_shards(prepare: Prepare, tasks: int, shard_bytes: int) -> Iterator[tuple[int, Any]]:
+class PreparedShards:
     """Shard index and reference of its prepared table, for each shard that ``prepare`` has something to do for.
 
     A block is a shard from reading to here: nothing merges or splits it, and the order is that of ``prepare.todo``, by
-    which a reference is known without fetching a pixel. Ray Data holds back when so much waits to be taken that every
-    task has one shard ready and one at work; left alone, it would prepare ahead until half the object store is full.
+    which a reference is known without fetching a pixel. A task waits at a gate before it begins, so that what is ready
+    is always taken at once: Ray Data's own ways of holding back cost a core (see :mod:`common.gate`).
 
     Args:
         prepare: What to do.
         tasks: Shards that are prepared at the same time.
-        shard_bytes: Of the largest prepared shard.
 
     Raises:
-        MmkdError: A shard cannot be prepared.
+        MmkdError: In the iteration; a shard cannot be prepared.
     """
-    context = ray.data.DataContext.get_current().copy()
-    context.target_max_block_size = None  # a shard is never split
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
-        object_store_memory=SHARDS_PER_TASK * tasks * max(1, shard_bytes)
-    )
-    # Ray Data's own clock also runs while nobody takes what is ready: teachers may load or work for longer than that.
-    context.execution_no_progress_timeout_s = -1
-    context.raise_original_map_exception = True  # Ray Data's own would hide which of ours it is
-    shards = list(prepare.todo)
-    with ray.data.DataContext.current(context):
-        source = ray.data.from_items([{"shard": index} for index in shards], override_num_blocks=len(shards))
-    call: Any = _call  # Ray's stubs know functions of one argument only
-    # Tasks, not actors: a dead worker is retried by Ray, and what is worth keeping (tokenizers, the decoder's process)
-    # stays in its process.
-    prepared = source.map_batches(
-        call,
-        fn_args=(prepare,),
-        compute=ray.data.TaskPoolStrategy(size=max(1, min(len(shards), tasks))),
-        num_cpus=1,
-        batch_size=1,
-        # An environment of their own gives them processes of their own. Otherwise every process that ever wrote a file
-        # would in time have tokenizers and a decoder, too.
-        runtime_env={"env_vars": {"MMKD_STEP": "prepare"}},
-    )
-    blocks = (entry.ref for bundle in prepared.iter_internal_ref_bundles() for entry in bundle.blocks)
-    try:
-        yield from zip(shards, blocks, strict=True)
-    except MmkdError as error:
-        cause = getattr(error, "cause", error)
-        raise type(cause)(str(cause).partition(_ADVICE)[0]) from error
+
+    def __init__(self, prepare: Prepare, tasks: int) -> None:
+        self._prepare = prepare
+        self._shards = list(prepare.todo)
+        self._tasks = max(1, min(len(self._shards), tasks))
+        node = ray.get_runtime_context().get_node_id()
+        self._keeper = GateKeeper(ray.remote(Gate).options(**gate_options(node)).remote())
+
+    def allow(self, shards: int) -> None:
+        """Let so many of the shards be prepared, counted from the first; a lower number than before changes nothing."""
+        self._keeper.allow(min(shards, len(self._shards)))
+
+    def close(self) -> None:
+        """Begin nothing more; an iteration ends soon."""
+        self._keeper.close()
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        """Give each shard as soon as it and those before it are ready."""
+        blocks = (entry.ref for bundle in self._dataset().iter_internal_ref_bundles() for entry in bundle.blocks)
+        try:
+            for place, shard in enumerate(self._shards, start=1):
+                block = next(blocks)
+                if place == len(self._shards):
+                    self.close()
+                yield shard, block
+        except MmkdError as error:
+            cause = getattr(error, "cause", error)
+            raise type(cause)(str(cause).partition(_ADVICE)[0]) from error
+        finally:
+            self.close()
+
+    def _dataset(self) -> Any:
+        context = ray.data.DataContext.get_current().copy()
+        context.target_max_block_size = None  # a shard is never split
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        context.execution_options.preserve_order = True
+        # Ray Data's own clock also runs while nobody takes what is ready: teachers may load or work for longer.
+        context.execution_no_progress_timeout_s = -1
+        context.raise_original_map_exception = True  # Ray Data's own would hide which of ours it is
+        # The last one has nothing to do but to wait until all others are taken.
+        items = [{"shard": shard, "place": place} for place, shard in enumerate([*self._shards, NO_SHARD])]
+        with ray.data.DataContext.current(context):
+            source = ray.data.from_items(items, override_num_blocks=len(items))
+        call: Any = _prepare_in_turn  # Ray's stubs know functions of one argument only
+        # Tasks, not actors: a dead worker is retried by Ray, and what is worth keeping (tokenizers, the decoder's
+        # process) stays in its process.
+        return source.map_batches(
+            call,
+            fn_args=(self._prepare, self._keeper.actor),
+            compute=ray.data.TaskPoolStrategy(size=self._tasks),
+            num_cpus=1,
+            batch_size=1,
+            # An environment of their own gives them processes of their own. Otherwise every process that ever wrote a
+            # file would in time have tokenizers and a decoder, too.
+            runtime_env={"env_vars": {"MMKD_STEP": "prepare"}},
+        )
 
 
-def _call(batch: Any, step: Callable[[Any], pa.Table]) -> pa.Table:
-    """Apply a step to a block: Ray Data takes plain functions with arguments for its tasks."""
-    return step(batch)
+def _prepare_in_turn(batch: Any, prepare: Callable[[Any], pa.Table], gate: Any) -> pa.Table:
+    """Prepare the shard of a batch when its turn has come; an empty table when it never will."""
+    if not ray.get(gate.passes.remote(int(batch["place"][0]))):
+        return pa.table({"shard": pa.array([], pa.int32())})
+    return prepare(batch)
 
 
 class Feeder:
@@ -89,10 +114,17 @@ class Feeder:
     Args:
         stream: What to pull.
         stall_seconds: How long the stream may give nothing while it is being asked.
+        on_stop: Called when nothing more is wanted, so that a pull that waits comes to an end.
     """
 
-    def __init__(self, stream: Iterator[tuple[int, Any]], stall_seconds: float = STALL_SECONDS) -> None:
-        self._stream = stream
+    def __init__(
+        self,
+        stream: Iterable[tuple[int, Any]],
+        stall_seconds: float = STALL_SECONDS,
+        on_stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._stream = iter(stream)
+        self._on_stop = on_stop
         self._stall_seconds = stall_seconds
         self._waiting_since = self._asked = -_PAUSE_SECONDS
         self._items: queue.Queue[tuple[int, Any]] = queue.Queue(maxsize=1)
@@ -138,6 +170,7 @@ class Feeder:
     def stop(self) -> None:
         """Pull nothing more."""
         self._stopped.set()
+        self._on_stop()
         self._thread.join(timeout=_LOOK_SECONDS * 2)
 
     def _pull(self) -> None:

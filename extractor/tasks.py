@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Any
-
-import ray
 
 from common.errors import MmkdError, SourceError, StorageError
 
@@ -14,33 +15,79 @@ KINDS = {kind.__name__: kind for kind in (SourceError, StorageError)}
 """Errors that keep their class on the way back; others of ours become a StorageError with the same words."""
 
 
-def run_tasks(items: list[Any], task: Callable[..., Any], *arguments: Any) -> Iterator[tuple[int, Any]]:
-    """Call ``task(item, *arguments)`` for each item, one CPU each, on whatever machines there are.
+class Workers:
+    """Runs tasks on whatever machines there are, and starts nothing for what one process does sooner.
 
     Args:
-        items: JSON-able values.
-        task: A module-level function that returns a JSON-able value.
-        *arguments: The same for every call; small and picklable.
-
-    Yields:
-        Index of an item and its answer, in the order in which they are finished.
-
-    Raises:
-        MmkdError: A task met one, or a file or connection failed it; the tasks that are done stay done.
+        session: Context in which Ray is initialised, entered at the first need and left at the end; by default it must
+            be already.
     """
-    if not items:
-        return
+
+    def __init__(self, session: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext) -> None:
+        self._session = session
+        self._entered = contextlib.ExitStack()
+        self._is_there = False
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        return self._entered.__exit__(kind, error, trace)
+
+    def run(
+        self, items: list[Any], task: Callable[..., Any], *arguments: Any, few: int = 1
+    ) -> Iterator[tuple[int, Any]]:
+        """Call ``task(item, *arguments)`` for each item, one CPU each.
+
+        Args:
+            items: JSON-able values.
+            task: A module-level function that returns a JSON-able value.
+            *arguments: The same for every call; small and picklable.
+            few: No more items than these are done here, one after the other. A single task gains nothing by a cluster,
+                and starting one takes longer than most.
+
+        Yields:
+            Index of an item and its answer, in the order in which they are finished.
+
+        Raises:
+            MmkdError: A task met one, or a file or connection failed it; the tasks that are done stay done.
+        """
+        rows = [{"index": index, "item": json.dumps(item)} for index, item in enumerate(items)]
+        if len(rows) <= few and not self._is_there:
+            answers: Iterator[dict[str, Any]] = (_run_one(row, task, arguments) for row in rows)
+        else:
+            self._enter()
+            answers = _through_ray(rows, task, arguments)
+        for row in answers:
+            if row["error"]:
+                kind = KINDS.get(row["error_kind"], StorageError)
+                raise kind(f"{row['error']} What was finished is kept: run the same command again to go on from there.")
+            yield row["index"], json.loads(row["answer"])
+
+    def share(self) -> AbstractContextManager[None]:
+        """The session for somebody else, who leaves it open."""
+        self._enter()
+        return contextlib.nullcontext()
+
+    def _enter(self) -> None:
+        if not self._is_there:
+            self._entered.enter_context(self._session())
+            self._is_there = True
+
+
+def _through_ray(
+    rows: list[dict[str, Any]], task: Callable[..., Any], arguments: tuple[Any, ...]
+) -> Iterator[dict[str, Any]]:
+    import ray
+
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    rows = [{"index": index, "item": json.dumps(item)} for index, item in enumerate(items)]
     stream = ray.data.from_items(rows, override_num_blocks=len(rows))
     answers = stream.map(_run_one, fn_args=(task, arguments), num_cpus=1)  # type: ignore[arg-type]  # stub lacks fn_args
-    for row in answers.iter_rows():
-        if row["error"]:
-            kind = KINDS.get(row["error_kind"], StorageError)
-            raise kind(f"{row['error']} What was finished is kept: run the same command again to go on from there.")
-        yield row["index"], json.loads(row["answer"])
+    yield from answers.iter_rows()
 
 
 def _run_one(row: dict[str, Any], task: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ import pyarrow as pa
 
 from common import errors
 from common.errors import MmkdError
-from trainer.data import Batch, TrainData, block_bytes, decode_block, read_blocks, split_batches
+from common.gate import Gate, GateKeeper, gate_options
+from trainer.data import Batch, TrainData, block_bytes, decode_block, read_blocks, rows_per_block, split_batches
 from trainer.order import Segment, worker_lanes
 
 if TYPE_CHECKING:
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
 
 SEGMENTS_PER_DATASET = 2000
 BLOCKS_AHEAD = 4
-"""What Ray may hold of a worker's blocks beside two for each decode task. Without a limit it takes a good part
-of the object store for each worker, whatever the others take."""
+"""What may be there of a worker's blocks beside two for each decode task. Without a limit Ray takes a good part of
+the object store for each worker, whatever the others take."""
 LEAST_AHEAD = 128 << 20
 """Bytes: small blocks may be more."""
 READERS = 2  # one ahead, so that a new window does not make the decoders wait
@@ -63,11 +65,12 @@ def ray_batches(
     known: TrainData = ray.get(data)
     lanes = worker_lanes(known.order.lanes, rank, workers)
     rows = known.order.batch_size // workers
-    ahead = max(LEAST_AHEAD, (BLOCKS_AHEAD + 2 * tasks) * block_bytes(known, rows))
+    ahead = max(LEAST_AHEAD // block_bytes(known, rows), BLOCKS_AHEAD + 2 * tasks)
+    steps = rows_per_block(rows) // rows
     segments = known.order.segments(first_step, total_steps)
     # One dataset spans many epochs, since each start costs a second; a bound keeps the list of inputs short.
     while chunk := list(itertools.islice(segments, SEGMENTS_PER_DATASET)):
-        for blob in _stream(data, chunk, lanes, tasks, cpus_per_task, ahead):
+        for blob in _stream(data, chunk, lanes, tasks, cpus_per_task, ahead, steps):
             yield from split_batches(known, _checked(_unpack(blob)), rows)
 
 
@@ -90,8 +93,9 @@ def started(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def _stream(
-    data: ray.ObjectRef, segments: list[Segment], lanes: range, tasks: int, cpus: int, ahead: int
+    data: ray.ObjectRef, segments: list[Segment], lanes: range, tasks: int, cpus: int, ahead: int, steps: int
 ) -> Iterator[pa.Scalar]:
+    """The decoded blocks of some segments, of ``steps`` steps each; never more than ``ahead`` of them at once."""
     import ray
 
     context = ray.data.DataContext.get_current().copy()
@@ -101,13 +105,20 @@ def _stream(
     # A block is one opaque row, and a limit of one byte makes every row a block of Ray's: no setting of the engine
     # can then merge or split what belongs to a step.
     context.target_max_block_size = 1
-    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(object_store_memory=ahead)
-    items = [{"epoch": s.epoch, "window": s.window, "first": s.first, "stop": s.stop} for s in segments]
+    counts = [-(-(segment.stop - segment.first) // steps) for segment in segments]
+    firsts = [0, *itertools.accumulate(counts)]
+    items = [
+        {**dataclasses.asdict(segment), "place": place, "is_last": place + count == firsts[-1]}
+        for segment, place, count in zip(segments, firsts, counts, strict=False)
+    ]
     with ray.data.DataContext.current(context):
         source = ray.data.from_items(items, override_num_blocks=len(items))
+    node = ray.get_runtime_context().get_node_id()
+    keeper = GateKeeper(ray.remote(Gate).options(**gate_options(node)).remote())
+    keeper.allow(ahead)
     blocks = source.map_batches(
         cast(Any, _read_task),
-        fn_kwargs={"data": data, "lanes": lanes},
+        fn_kwargs={"data": data, "lanes": lanes, "gate": keeper.actor},
         batch_size=None,
         num_cpus=0,  # it waits for storage
         compute=ray.data.TaskPoolStrategy(READERS),
@@ -123,21 +134,37 @@ def _stream(
         num_cpus=cpus,
         compute=ray.data.TaskPoolStrategy(tasks),
     )
-    for batch in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-        yield from batch["block"]
+    taken = 0
+    try:
+        for batch in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+            for blob in batch["block"]:
+                taken += 1
+                if taken == firsts[-1]:
+                    keeper.close()
+                keeper.allow(taken + ahead)
+                yield blob
+    finally:
+        keeper.close()
 
 
-def _read_task(items: dict[str, Any], data: ray.ObjectRef, lanes: range) -> Iterator[pa.Table]:
+def _read_task(items: dict[str, Any], data: ray.ObjectRef, lanes: range, gate: Any) -> Iterator[pa.Table]:
+    """Blocks of segments, each when its turn has come: what is read and not wanted yet waits here, see common.gate."""
     import ray
 
     known: TrainData = ray.get(data)
     for i in range(len(items["epoch"])):
-        segment = Segment(**{name: int(values[i]) for name, values in items.items()})
+        segment = Segment(**{name: int(items[name][i]) for name in Segment.__dataclass_fields__})
+        place = int(items["place"][i])
         try:
             for block in read_blocks(known, segment, lanes):
+                if not ray.get(gate.passes.remote(place)):
+                    return
+                place += 1
                 yield _pack(block)
         except MmkdError as error:
             yield _pack(_error_block(error))
+        if items["is_last"][i]:
+            ray.get(gate.passes.remote(place))  # no block has this place: until everything is taken
 
 
 def _decode_task(table: pa.Table, data: ray.ObjectRef) -> pa.Table:

@@ -55,13 +55,9 @@ def ingest(
         return
     if len(sources) < 2:
         raise typer.BadParameter("give at least one SOURCE and then the LAKE")
-    from extractor.sources import plan_sources
+    from extractor.ingest import ingest as run
 
-    plan_sources(sources[:-1], settings)  # before Ray starts, so that a wrong source is told at once
-    with ray_session():
-        from extractor.ingest import ingest as run
-
-        run(sources[:-1], sources[-1], settings)
+    run(sources[:-1], sources[-1], settings, session=ray_session)
 
 
 def extract(
@@ -111,8 +107,7 @@ def extract(
         return
     from common.lake import open_lake
 
-    open_lake(lake)  # before Ray starts, so that a wrong address is told at once
-    with ray_session():
-        from extractor.pipeline import extract as run
+    open_lake(lake)  # before anything is imported, so that a wrong address is told at once
+    from extractor.pipeline import extract as run
 
-        run(lake, settings)
+    run(lake, settings, session=ray_session)

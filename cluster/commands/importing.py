@@ -46,12 +46,8 @@ def mmkd_features(
     if print_config:
         show_config(settings)
         return
-    from extractor.importing import find_table
+    from extractor.importing import Version, import_features
 
-    find_table(folder)  # before Ray starts, so that a wrong folder is told at once
-    with ray_session():
-        from extractor.importing import Version, import_features
-
-        terms = split_names(accept_terms) or ()
-        version: Version = "projected" if projected else "imported"
-        import_features(folder, lake, settings, terms, version, stored_precision)
+    terms = split_names(accept_terms) or ()
+    version: Version = "projected" if projected else "imported"
+    import_features(folder, lake, settings, terms, version, stored_precision, session=ray_session)

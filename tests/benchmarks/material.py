@@ -73,13 +73,14 @@ def write_lake(folder: Path, jpegs: list[bytes], rows: int, shard_rows: int) -> 
 
     lake = create_lake(str(folder), shard_rows)
     for start in range(0, rows, shard_rows):
-        made = [_pair(row, jpegs[row % len(jpegs)]) for row in range(start, min(start + shard_rows, rows))]
+        made = [sample_row(row, jpegs[row % len(jpegs)]) for row in range(start, min(start + shard_rows, rows))]
         table = pa.Table.from_pylist(made, schema=PAIRS)
         lake.storage.write_table(f"pairs/{shard_name(start // shard_rows)}", table)
     return str(folder)
 
 
-def _pair(row: int, jpeg: bytes) -> dict[str, object]:
+def sample_row(row: int, jpeg: bytes) -> dict[str, object]:
+    """A row of pairs, as ingest would make it."""
     return {
         "sample_id": hashlib.sha256(str(row).encode()).hexdigest()[:32],
         "image": jpeg,

@@ -17,6 +17,7 @@ from extractor.config import IngestConfig
 from extractor.ingest import describe, ingest
 from extractor.sources import plan_sources
 from extractor.staging import StagedPart, rejects_name, split_of, stage_part, staged_name
+from extractor.tasks import Workers
 
 
 def png(seed, size=8):
@@ -89,10 +90,10 @@ def test_limits_and_settings_reach_the_decoder(source, tmp_path):
     assert Image.open(io.BytesIO(table["image"][0].as_py())).size == (4, 4)
 
 
-def test_commit_drops_duplicates_also_of_earlier_ingests_and_starts_a_new_shard(source, tmp_path, ray_free_tasks):
+def test_commit_drops_duplicates_also_of_earlier_ingests_and_starts_a_new_shard(source, tmp_path):
     lake = create_lake(str(tmp_path / "lake"), 3)
     staged = stage_all(lake, source, IngestConfig())
-    done = commit(lake, "id", staged, 3)
+    done = commit(lake, "id", staged, 3, HereOnly())
     assert (done.pairs, done.duplicates, done.first_shard, done.shards) == (4, 1, 0, 2)
     captions = [lake.read_pairs(index)["captions"].to_pylist() for index in lake.files("pairs")]
     assert captions == [[["zero"], ["one"], ["other words"]], [["two"]]]
@@ -100,47 +101,48 @@ def test_commit_drops_duplicates_also_of_earlier_ingests_and_starts_a_new_shard(
     assert lake.storage.read_table(f"rejects/stage=ingest/{rejects}").num_rows == 2
     lake.storage.write_json("ingests/id.json", {"ingest_id": "id", "first_shard": 0, "shards": 2})
 
-    again = commit(lake, "other", staged_as(lake, "other", staged), 3)
+    again = commit(lake, "other", staged_as(lake, "other", staged), 3, HereOnly())
     assert (again.pairs, again.duplicates, again.first_shard, again.shards) == (0, 5, 2, 0)
 
 
-def test_shards_of_a_killed_ingest_are_removed_and_foreign_ones_stay(source, tmp_path, ray_free_tasks):
+def test_shards_of_a_killed_ingest_are_removed_and_foreign_ones_stay(source, tmp_path):
     lake = create_lake(str(tmp_path / "lake"), 2)
     staged = stage_all(lake, source, IngestConfig())
     by_hand = pa.table({field.name: pa.array([], field.type) for field in PAIRS}, schema=PAIRS)
     lake.storage.write_table("pairs/shard-000000.parquet", by_hand)
-    commit(lake, "id", staged, 1)
+    commit(lake, "id", staged, 1, HereOnly())
     assert lake.files("pairs") == [0, 1, 2, 3, 4]
     # "id" never wrote its manifest, so another ingest takes its place.
-    done = commit(lake, "other", staged_as(lake, "other", staged), 2)
+    done = commit(lake, "other", staged_as(lake, "other", staged), 2, HereOnly())
     assert (done.first_shard, done.shards, lake.files("pairs")) == (1, 2, [0, 1, 2])
 
 
-def test_a_commit_that_was_killed_goes_on_and_ends_the_same(source, tmp_path, ray_free_tasks):
+def test_a_commit_that_was_killed_goes_on_and_ends_the_same(source, tmp_path):
     lake = create_lake(str(tmp_path / "lake"), 1)
     staged = stage_all(lake, source, IngestConfig())
-    whole = commit(lake, "id", staged, 1)
+    whole = commit(lake, "id", staged, 1, HereOnly())
     files = {name: lake.storage.read_bytes(f"pairs/{name}") for name in lake.storage.list_files("pairs")}
     lake.storage.remove("pairs/shard-000002.parquet")
-    ray_free_tasks.clear()
-    assert commit(lake, "id", staged, 1) == whole
-    assert [item["shard"] for item in ray_free_tasks] == [2], "only the missing shard is written again"
+    again = HereOnly()
+    assert commit(lake, "id", staged, 1, again) == whole
+    assert [item["shard"] for item in again.items] == [2], "only the missing shard is written again"
     assert {name: lake.storage.read_bytes(f"pairs/{name}") for name in lake.storage.list_files("pairs")} == files
 
 
-@pytest.fixture
-def ray_free_tasks(monkeypatch):
-    """Runs the tasks in this process, as JSON would bring them; the list of items that were run."""
-    items_run = []
+class HereOnly(Workers):
+    """Runs all tasks in this process, however many; which ones stays in ``items``."""
 
-    def run_here(items, task, *arguments):
-        for index, item in enumerate(items):
-            items_run.append(item)
-            yield index, json.loads(json.dumps(task(json.loads(json.dumps(item)), *arguments)))
+    def __init__(self):
+        super().__init__(refuse)
+        self.items = []
 
-    monkeypatch.setattr("extractor.commit.run_tasks", run_here)
-    monkeypatch.setattr("extractor.ingest.run_tasks", run_here)
-    return items_run
+    def run(self, items, task, *arguments, few=1):
+        self.items += items
+        return super().run(items, task, *arguments, few=len(items))
+
+
+def refuse():
+    raise AssertionError("Ray was wanted")
 
 
 def staged_as(lake, ingest_id, staged):
@@ -187,7 +189,7 @@ def test_the_same_ingest_has_the_same_identity_and_a_changed_one_another(source)
     assert identity() != first
 
 
-def test_from_object_storage_to_object_storage(source, s3, ray_free_tasks):
+def test_from_object_storage_to_object_storage(source, s3):
     import fsspec
 
     filesystem = fsspec.filesystem("s3")
@@ -205,7 +207,7 @@ def test_from_object_storage_to_object_storage(source, s3, ray_free_tasks):
     assert b"test-secret-canary" not in written
 
 
-def test_a_source_without_one_usable_pair_is_an_error_and_can_be_mended(source, tmp_path, ray_free_tasks):
+def test_a_source_without_one_usable_pair_is_an_error_and_can_be_mended(source, tmp_path):
     lake = str(tmp_path / "lake")
     listing = tmp_path / "later.jsonl"
     listing.write_text(json.dumps({"image": "later.png", "caption": "c"}))

@@ -15,7 +15,7 @@ from extractor.config import IngestConfig
 from extractor.ingest import ingest
 from extractor.sources import lines
 from extractor.staging import sample_id
-from extractor.tasks import run_tasks
+from extractor.tasks import Workers
 
 pytestmark = pytest.mark.ray
 
@@ -127,6 +127,7 @@ def test_killed_while_reading_and_again_while_writing_ends_with_the_same_lake(
     assert sorted(path.name for path in lake.glob("pairs/*")) == [f"shard-{i:06d}.parquet" for i in range(9)]
 
 
-def test_a_storage_fault_in_a_task_is_one_paragraph(ray_local, tmp_path):
+@pytest.mark.parametrize("few", [0, 1], ids=["elsewhere", "here"])
+def test_a_storage_fault_in_a_task_is_one_paragraph(ray_local, tmp_path, few):
     with pytest.raises(StorageError, match=r"FileNotFoundError.*nowhere.*run the same command again"):
-        list(run_tasks([str(tmp_path / "nowhere")], open))
+        list(Workers().run([str(tmp_path / "nowhere")], open, few=few))

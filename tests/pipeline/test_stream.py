@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from common.errors import StorageError
-from extractor.stream import prepared_shards
+from extractor.stream import Feeder, PreparedShards
 
 pytestmark = pytest.mark.ray
 
@@ -32,7 +32,9 @@ class Preparing:
 def taken(prepare) -> list:
     import ray
 
-    return [(shard, ray.get(block).num_rows) for shard, block in prepared_shards(prepare, 1, 100)]
+    prepared = PreparedShards(prepare, 1)
+    prepared.allow(len(prepare.todo))
+    return [(shard, ray.get(block).num_rows) for shard, block in prepared]
 
 
 def test_a_block_is_a_shard_in_the_order_asked_for_also_when_it_is_empty(ray_local):
@@ -53,7 +55,7 @@ def test_no_clock_of_ray_data_runs_and_its_settings_are_left_alone(ray_local):
         settings.execution_no_progress_timeout_s = before[0]
 
 
-def test_no_more_is_prepared_ahead_than_every_task_has_at_hand(ray_local, tmp_path):
+def test_no_more_is_prepared_than_is_allowed(ray_local, tmp_path):
     import ray
 
     class Counting:
@@ -66,14 +68,38 @@ def test_no_more_is_prepared_ahead_than_every_task_has_at_hand(ray_local, tmp_pa
             (tmp_path / str(shard)).touch()
             return pa.table({"pixels": pa.array(np.zeros(1_000_000, np.uint8))})
 
-    stream = prepared_shards(Counting(), 2, 1_000_000)
+    prepared = PreparedShards(Counting(), 2)
+    prepared.allow(3)
+    prepared.allow(2)  # less than before changes nothing
     ahead = []
-    for taken_shards, (_, block) in enumerate(stream, start=1):
+    for taken_shards, (_, block) in enumerate(prepared, start=1):
         time.sleep(0.25)  # long enough to prepare a dozen
         ahead.append(len(list(tmp_path.iterdir())) - taken_shards)
         assert ray.get(block).num_rows == 1_000_000
+        prepared.allow(taken_shards + 3)
     assert len(ahead) == 24
-    assert max(ahead) <= 8
+    assert max(ahead) == 2, "the third is let in after it was counted"
+
+
+def test_a_gate_whose_process_dies_is_told_again(ray_local, monkeypatch):
+    monkeypatch.setattr("common.gate.REPEAT_SECONDS", 0.2)
+    prepared = PreparedShards(Preparing(), 1)
+    prepared.allow(1)
+    shards = iter(prepared)
+    assert next(shards)[0] == 4
+    prepared.allow(3)
+    ray_local.kill(prepared._keeper.actor, no_restart=False)
+    assert [shard for shard, _ in shards] == [2, 9]
+
+
+def test_a_stream_that_is_closed_while_everybody_waits_ends(ray_local):
+    prepared = PreparedShards(Preparing(), 1)
+    feeder = Feeder(prepared, on_stop=prepared.close)
+    time.sleep(1)
+    assert feeder.next() is None
+    feeder.stop()
+    feeder._thread.join(timeout=20)
+    assert not feeder._thread.is_alive()
 
 
 def test_an_error_keeps_its_class_and_its_words(ray_local):

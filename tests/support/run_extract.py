@@ -1,7 +1,8 @@
 """A driver of its own for tests that kill, pause or stop it: ``python run_extract.py LAKE CONFIG.json [GPUS]``.
 
 Its teachers are the real ones, but slower by ``SECONDS_PER_PASS``, and each forward pass leaves a byte in
-``PASSES_FILE``, so that work is counted even when the process that did it was killed.
+``PASSES_FILE``, so that work is counted even when the process that did it was killed. ``OBJECT_STORE_MEMORY`` makes
+Ray's object store that small, in bytes.
 """
 
 import os
@@ -34,6 +35,10 @@ def main() -> None:
 
     configure_logs()
     lake, config = sys.argv[1], ExtractConfig.model_validate_json(Path(sys.argv[2]).read_text())
+    if store := os.environ.get("OBJECT_STORE_MEMORY"):  # ray_session takes a Ray that is there
+        import ray
+
+        ray.init(address="local", num_cpus=4, object_store_memory=int(store), include_dashboard=False)
     try:
         with ray_session(int(sys.argv[3]) if len(sys.argv) > 3 else None):
             from extractor.pipeline import extract
