@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable
 
 logger = logging.getLogger("mmkd")
 
@@ -44,11 +45,11 @@ class Progress:
     def __init__(self, what: str, total: int, unit: str, every: float = 5.0) -> None:
         self.what, self.total, self.unit, self.every = what, total, unit, every
         self.done = 0
-        self.note = ""
+        self.note: str | Callable[[], str] = ""
         self.started = self.last = time.monotonic()
 
-    def advance(self, count: int, note: str = "") -> None:
-        """Count ``count`` more units as done; ``note`` is shown at the end of the line."""
+    def advance(self, count: int, note: str | Callable[[], str] = "") -> None:
+        """Count ``count`` more units as done; ``note``, or what it gives, is shown at the end of the line."""
         self.done += count
         self.note = note or self.note
         if time.monotonic() - self.last >= self.every:
@@ -59,6 +60,7 @@ class Progress:
         self.last = time.monotonic()
         spent = max(self.last - self.started, 1e-9)
         rate = self.done / spent
+        note = self.note() if callable(self.note) else self.note
         left = f", about {duration((self.total - self.done) / rate)} left" if 0 < self.done < self.total else ""
         logger.info(
             "%s: %d/%d %s (%.0f %%), %.1f %s/s%s%s",
@@ -70,5 +72,5 @@ class Progress:
             rate,
             self.unit,
             left,
-            f"; {self.note}" if self.note else "",
+            f"; {note}" if note else "",
         )

@@ -145,7 +145,7 @@ class Dispatcher:
         for pool in self.pools.values():
             while pool.queue and (seat := pool.next_seat()) is not None:
                 job = pool.queue.popleft()
-                facts, features = seat.actor.embed.options(num_returns=2).remote(job.block)
+                facts, features = seat.process.actor.embed.options(num_returns=2).remote(job.teacher, job.block)
                 seat.jobs[job.shard] = time.monotonic()
                 self._embedding[facts] = (job, seat, features)
 

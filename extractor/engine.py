@@ -27,7 +27,7 @@ from extractor.partitions import (
 from extractor.placement import TeacherPlacement, place, read_cluster
 from extractor.planning.plan import make_plan
 from extractor.planning.survey import Survey
-from extractor.pools import QUEUE, TeacherPool, start_pools, wait_until_seated
+from extractor.pools import QUEUE, TeacherPool, group_teachers, start_pools, wait_until_seated
 from extractor.prepare import Prepare, TeacherInput
 from extractor.sink import record_valid
 from extractor.stopping import StopSignals
@@ -193,15 +193,16 @@ class Engine:
         return place(names, cluster, hardware.teachers, actors, gpus), None
 
     def _start(self, placements: dict[str, TeacherPlacement]) -> dict[str, TeacherPool]:
-        actors = sum(placement.actors for placement in placements.values())
+        share = self.config.hardware.share_process
+        processes = sum(placements[names[0]].actors for names in group_teachers(placements, share))
         machines = max(1, sum(node["Alive"] for node in ray.nodes()))
         cpus = int(ray.cluster_resources().get("CPU", 1)) // machines
-        threads = self.config.hardware.threads or CoreShare(max(1, cpus), -(-actors // machines))
+        threads = self.config.hardware.threads or CoreShare(max(1, cpus), -(-processes // machines))
         arguments = {
             name: (self.inputs[name], "auto", placement.micro_batch or self.config.micro_batch, threads)
             for name, placement in placements.items()
         }
-        return start_pools(placements, self.kind, arguments, lambda: self.stop.asked)
+        return start_pools(placements, self.kind, arguments, lambda: self.stop.asked, share)
 
     def _remember(self, written: dict[str, dict[int, int]]) -> None:
         """Spare the next run a look into the files of this one; that this fails must hide no other error."""

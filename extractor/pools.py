@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,45 +40,83 @@ class Job:
 
 
 class TeacherProcess:
-    """What runs in an actor's process: it is there before it loads the model, so that its GPUs are known early.
+    """What runs in an actor's process: it is there before it loads a model, so that its GPUs are known early.
 
-    Args:
-        kind: Of the teacher, with ``describe_scale`` and ``embed``; such as :class:`extractor.teachers.Teacher`.
-        arguments: Of its constructor.
+    One process may hold several teachers; they take turns, shard by shard.
     """
 
-    def __init__(self, kind: type, arguments: tuple[Any, ...]) -> None:
-        self._kind, self._arguments = kind, arguments
-        self._teacher: Any = None
+    def __init__(self) -> None:
+        self._teachers: dict[str, Any] = {}
 
     def gpus(self) -> list[str]:
         """Numbers on its machine (or the ids, where it names them so) of the GPUs that Ray gave to the process."""
         return [str(number) for number in ray.get_gpu_ids()]
 
-    def load(self) -> float | None:
-        """Load the model; its logit scale, or None for an image encoder."""
-        self._teacher = self._kind(*self._arguments)
-        return self._teacher.describe_scale()
+    def load(self, name: str, kind: type, arguments: tuple[Any, ...]) -> float | None:
+        """Load a model; its logit scale, or None for an image encoder.
 
-    def embed(self, prepared: pa.Table) -> Embedded:
-        """One prepared shard through the teacher."""
-        return self._teacher.embed(prepared)
+        Args:
+            name: Of the teacher.
+            kind: Of the teacher, with ``describe_scale`` and ``embed``; such as
+                :class:`extractor.teachers.Teacher`.
+            arguments: Of its constructor.
+        """
+        self._teachers[name] = kind(*arguments)
+        return self._teachers[name].describe_scale()
+
+    def embed(self, name: str, prepared: pa.Table) -> Embedded:
+        """One prepared shard through a teacher."""
+        return self._teachers[name].embed(prepared)
+
+    def unload(self, name: str) -> None:
+        """Forget a teacher that is at work elsewhere, or nowhere."""
+        self._teachers.pop(name, None)
+
+
+class Process:
+    """The driver's end of a process: who uses it, and its end when nobody does.
+
+    Args:
+        title: By which ``ray status`` and the dashboard know it.
+        placement: What it holds.
+    """
+
+    def __init__(self, title: str, placement: TeacherPlacement) -> None:
+        # A class of its own name, so that they tell the teachers apart. Ray's own restarts are off: what died is seen
+        # and counted here, and its shard goes to whoever is free.
+        remote: Any = ray.remote(type(title, (TeacherProcess,), {}))
+        self.actor = remote.options(**ray_options(placement), max_restarts=0, max_task_retries=0).remote()
+        self.placed = self.actor.gpus.remote()
+        """Reference that is ready when the process is there, with the numbers of its GPUs."""
+        self._users: set[str] = set()
+
+    def load(self, name: str, kind: type, arguments: tuple[Any, ...]) -> Any:
+        """Reference that is ready when a teacher's weights are loaded; the process stays until they all left."""
+        self._users.add(name)
+        return self.actor.load.remote(name, kind, arguments)
+
+    def leave(self, name: str) -> None:
+        """A teacher uses the process no more."""
+        self._users.discard(name)
+        if self._users:
+            self.actor.unload.remote(name)
+        else:
+            ray.kill(self.actor)
 
 
 @dataclass
 class Seat:
     """One actor's place: a process that is loading, at work, or being replaced."""
 
-    actor: Any
-    placed: Any
-    """Reference that is ready when the process is there, with the numbers of its GPUs."""
+    process: Process
     loading: Any
     """Reference that is ready when the weights are; None from then on."""
+    is_shared: bool = False
     jobs: dict[int, float] = field(default_factory=dict)
     """Shard -> when it was given, oldest first: that one is at work."""
     failed_starts: int = 0
     died_at: int | None = None
-    """The shard at work when the process died."""
+    """The shard at work when the process died; None where it may have been another teacher's."""
 
 
 class TeacherPool:
@@ -89,19 +127,27 @@ class TeacherPool:
         kind: Of the teacher; see :class:`TeacherProcess`.
         arguments: Of its constructor.
         placement: How many actors, and what each holds.
+        shared: Processes that it shares with other teachers, one for each actor; none: processes of its own. What
+            takes the place of a shared process that died is the teacher's own, so that a teacher that ends processes
+            takes the others with it once at most.
     """
 
-    def __init__(self, name: str, kind: type, arguments: tuple[Any, ...], placement: TeacherPlacement) -> None:
+    def __init__(
+        self,
+        name: str,
+        kind: type,
+        arguments: tuple[Any, ...],
+        placement: TeacherPlacement,
+        shared: Sequence[Process] = (),
+    ) -> None:
         self.name = name
-        # A class of its own name, so that `ray status` and the dashboard tell the teachers apart. Ray's own restarts
-        # are off: what died is seen and counted here, and its shard goes to whoever is free.
-        remote: Any = ray.remote(type(f"Teacher_{name}", (TeacherProcess,), {}))
-        self._process = remote.options(**ray_options(placement), max_restarts=0, max_task_retries=0)
+        self._placement = placement
         self._arguments = (kind, arguments)
         self.micro_batch: int = arguments[2]
         self.gpus = placement.gpus or 0.0
         """Of each actor."""
-        self.seats = [self._start() for _ in range(placement.actors or 1)]
+        processes = shared or [self._own_process() for _ in range(placement.actors or 1)]
+        self.seats = [self._start(process, bool(shared)) for process in processes]
         self.queue: deque[Job] = deque()
         self.failure: str | None = None
         """Why the teacher cannot go on; its work is dropped then."""
@@ -112,9 +158,11 @@ class TeacherPool:
         self.rejected = 0
         self.reasons: Counter[str] = Counter()
 
-    def _start(self) -> Seat:
-        actor = self._process.remote(*self._arguments)
-        return Seat(actor, actor.gpus.remote(), actor.load.remote())
+    def _own_process(self) -> Process:
+        return Process(f"Teacher_{self.name}", self._placement)
+
+    def _start(self, process: Process, is_shared: bool = False) -> Seat:
+        return Seat(process, process.load(self.name, *self._arguments), is_shared)
 
     @property
     def waiting(self) -> list[Any]:
@@ -148,16 +196,16 @@ class TeacherPool:
         """An actor's process has died or is of no more use; another takes its place."""
         if seat not in self.seats:
             return  # noticed before, by another of its shards
-        seat.died_at = next(iter(seat.jobs), None)
+        seat.died_at = None if seat.is_shared else next(iter(seat.jobs), None)
         self._replace(seat, 0, "it died at work")
 
     def _replace(self, seat: Seat, failed_starts: int, why: str) -> None:
         self.restarts += 1
-        ray.kill(seat.actor)
+        seat.process.leave(self.name)
         self.seats.remove(seat)
         if failed_starts < MAX_FAILED_STARTS:
             logger.warning("extract: another process of teacher %s is being started: %s", self.name, why)
-            fresh = self._start()
+            fresh = self._start(self._own_process())
             fresh.failed_starts = failed_starts
             self.seats.append(fresh)
         elif not self.seats:
@@ -177,7 +225,7 @@ class TeacherPool:
     def close(self) -> None:
         """End the actors."""
         for seat in self.seats:
-            ray.kill(seat.actor)
+            seat.process.leave(self.name)
         self.seats = []
 
 
@@ -186,6 +234,7 @@ def start_pools(
     kind: type,
     arguments: Mapping[str, tuple[Any, ...]],
     stopped: Callable[[], object] = lambda: False,
+    share: bool = False,
 ) -> dict[str, TeacherPool]:
     """Start every teacher's actors, in the order of ``placements``.
 
@@ -198,12 +247,14 @@ def start_pools(
         kind: Of the teachers; see :class:`TeacherProcess`.
         arguments: Teacher -> arguments of its constructor.
         stopped: Whether to wait no more.
+        share: Whether teachers without a GPU that are placed alike are held by the same processes.
     """
+    together = _shared_processes(placements, share)
     shares = any(0 < (one.gpus or 0) < 1 for one in placements.values())
     in_turn = shares and ray.cluster_resources().get("GPU", 0) > 1
     pools: dict[str, TeacherPool] = {}
     for name, placement in placements.items():
-        pools[name] = TeacherPool(name, kind, arguments[name], placement)
+        pools[name] = TeacherPool(name, kind, arguments[name], placement, together.get(name, ()))
         if in_turn and placement.gpus and not (in_turn := _placed(pools[name], stopped)) and not stopped():
             logger.warning(
                 "extract: teacher %s has no place after %d s; the other teachers are asked for at once, and may share "
@@ -214,9 +265,31 @@ def start_pools(
     return pools
 
 
+def group_teachers(placements: Mapping[str, TeacherPlacement], share: bool) -> list[list[str]]:
+    """Teachers that are held by the same processes: alone, or with those that have no GPU and are placed alike."""
+    if not share:
+        return [[name] for name in placements]
+    groups: dict[str, list[str]] = {}
+    for name, placement in placements.items():
+        alike = name if placement.gpus else repr((placement.actors, ray_options(placement)))
+        groups.setdefault(alike, []).append(name)
+    return list(groups.values())
+
+
+def _shared_processes(placements: Mapping[str, TeacherPlacement], share: bool) -> dict[str, list[Process]]:
+    """Teacher -> the processes that it shares; only those that have somebody to share with."""
+    found: dict[str, list[Process]] = {}
+    for names in group_teachers(placements, share):
+        if len(names) > 1:
+            placement = placements[names[0]]
+            title = f"Teachers_{'_'.join(names)}"
+            found |= dict.fromkeys(names, [Process(title, placement) for _ in range(placement.actors or 1)])
+    return found
+
+
 def _placed(pool: TeacherPool, stopped: Callable[[], object]) -> bool:
     """Wait until the processes of a teacher are there; False if they take too long."""
-    missing, deadline = [seat.placed for seat in pool.seats], time.monotonic() + SEAT_SECONDS
+    missing, deadline = [seat.process.placed for seat in pool.seats], time.monotonic() + SEAT_SECONDS
     while missing and not stopped() and time.monotonic() < deadline:
         _, missing = ray.wait(missing, num_returns=len(missing), timeout=0.5)
     return not missing

@@ -34,7 +34,7 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        return self._entered.__exit__(kind, error, trace)
+        return bool(self._entered.__exit__(kind, error, trace))
 
     def run(
         self, items: list[Any], task: Callable[..., Any], *arguments: Any, few: int = 1

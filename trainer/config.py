@@ -148,6 +148,10 @@ class ScaleConfig(StrictModel):
     threads: int = Field(
         0, ge=0, description="torch threads per worker on a CPU; 0 takes the cores that decoding leaves."
     )
+    compile: bool = Field(
+        False,
+        description="Let torch.compile make the student's kernels: a minute or more at each start, faster steps after.",
+    )
     accumulate: PositiveInt = Field(1, description="Micro-batches per step, for batches that do not fit the device.")
     checkpoint_every: PositiveInt = Field(500, description="Steps between checkpoints.")
     keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints kept, beside the best one.")

@@ -110,8 +110,12 @@ class ContrastiveObjective(nn.Module):
             contrastive = siglip_loss(image_ND, text_ND, scale, self.bias)
         return Stage1Terms(contrastive=contrastive, total=contrastive)
 
-    def after_step(self) -> None:
-        """Keep the scale in its bounds."""
+    def after_step(self, is_finite: torch.Tensor) -> None:
+        """Keep the scale in its bounds.
+
+        Args:
+            is_finite: Bool scalar on the device: whether the step was taken.
+        """
         self.scale.clamp()
 
 
@@ -209,13 +213,17 @@ class DistillObjective(nn.Module):
             + weights.cross * cross,
         )
 
-    def after_step(self) -> None:
-        """Keep the scales in their bounds, and the batch in the queue."""
+    def after_step(self, is_finite: torch.Tensor) -> None:
+        """Keep the scales in their bounds, and the batch in the queue if the step was taken.
+
+        Args:
+            is_finite: Bool scalar on the device: whether it was.
+        """
         for scale in (self.scale, self.distill_scale, self.cross_scale, self.graph_scale):
             if scale is not None:
                 scale.clamp()
         if self.queue is not None and self._last is not None:
-            self.queue.push(*self._last)
+            self.queue.push(*self._last, is_finite)
             self._last = None
 
     def _drawn(

@@ -142,7 +142,8 @@ class Recorder:
             self.progress.started = self.progress.last = time.monotonic()
         else:
             self.shown.add(report, self.data.order.batch_size)
-        self.progress.advance(1, describe_terms(report.terms) + self.shown.describe())
+        # Only a line that is printed waits for the device.
+        self.progress.advance(1, lambda: describe_terms(report.terms) + self.shown.describe())
         if seen is not None:
             self.rows.append(self._row(report, seen))
         if saves:

@@ -164,19 +164,34 @@ class EmbeddingQueue(nn.Module):
         return own, said, torch.cat([batch_NN, queue_NQ], dim=1)
 
     @torch.no_grad()
-    def push(self, student: StudentOutput, teachers: Mapping[str, TeacherBatch], places_N: torch.Tensor) -> None:
-        """Put a batch's rows in front, and forget the oldest."""
-        self._push("place", places_N)
-        self._push("image", student.image_BD)
-        self._push("text", student.text_BD)
+    def push(
+        self,
+        student: StudentOutput,
+        teachers: Mapping[str, TeacherBatch],
+        places_N: torch.Tensor,
+        wanted: torch.Tensor | None = None,
+    ) -> None:
+        """Put a batch's rows in front, and forget the oldest.
+
+        Args:
+            student: Of the batch.
+            teachers: Likewise.
+            places_N: Likewise.
+            wanted: Bool scalar on the device; where it is false, nothing changes.
+        """
+        self._push("place", places_N, wanted)
+        self._push("image", student.image_BD, wanted)
+        self._push("text", student.text_BD, wanted)
         for name, one in teachers.items():
             for part, side in zip(one, QUEUED, strict=True):
-                self._push(f"{side}_{self.teachers.index(name)}", part)
-        self.filled.fill_(min(int(self.filled) + len(student.image_BD), self.length))
+                self._push(f"{side}_{self.teachers.index(name)}", part, wanted)
+        filled = (self.filled + len(student.image_BD)).clamp(max=self.length)
+        self.filled.copy_(filled if wanted is None else torch.where(wanted, filled, self.filled))
 
-    def _push(self, name: str, rows: torch.Tensor) -> None:
+    def _push(self, name: str, rows: torch.Tensor, wanted: torch.Tensor | None) -> None:
         buffer = self.get_buffer(name)
-        buffer.copy_(torch.cat([rows.detach().to(buffer.dtype), buffer])[: self.length])
+        pushed = torch.cat([rows.detach().to(buffer.dtype), buffer])[: self.length]
+        buffer.copy_(pushed if wanted is None else torch.where(wanted, pushed, buffer))
 
 
 QUEUED = ("image", "text", "image_mask", "text_mask")

@@ -63,6 +63,8 @@ def run_job(job: Job, data_ref: ray.ObjectRef, run: Storage) -> None:
     cpus = 1 if job.scale.max_workers is None else 0
     batches = started(ray_batches(data_ref, first_step, job.total_steps, rank, workers, job.tasks, cpus))
     parts = prepare(job, data, run, first_step, device)
+    if job.scale.compile:
+        parts.student.compile()  # in place, so that checkpoints know nothing of it
     model, no_sync = wrap(parts.student, workers, device)
     plan = LoopPlan(
         total_steps=job.total_steps,

@@ -1,23 +1,28 @@
-"""Rows a second of each teacher on a GPU at bf16 against the bare model's rate, and all nine on one card.
+"""On a GPU at bf16: each teacher against the bare model, all nine on one card, and a training step of either stage.
 
-    python tests/benchmarks/bench_gpu.py [--runs N] [--rows N] [--teachers a,b] [--record]
+    python tests/benchmarks/bench_gpu.py [--runs N] [--rows N] [--teachers a,b] [--only teachers training] [--record]
 
 Models of the sizes of the paper's nine with random weights, so that nothing is downloaded; pixels and tokens are noise,
 which costs a model the same. No Ray: this is :class:`extractor.teachers.Teacher`, fed prepared tables from memory. The
-bare model gets the same micro-batch again and again, already on the GPU.
+bare model gets the same micro-batch again and again, already on the GPU. A training step is one of the loop that Ray
+Train's workers run, with batches from memory, against the same step on a batch that lies on the GPU, and, with
+``scale.compile``, as torch compiles the student.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import multiprocessing
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from material import write_teacher
+from material import TINY_TEXT, TINY_VISION, write_teacher
 from paired import Comparison, conclude, in_turn, parser, workplace
 
 TARGET = 0.95
@@ -185,6 +190,71 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Comparison]
     return [*comparisons, together], f"micro-batch {options.micro_batch}, {options.rows} rows of noise"
 
 
+def measure_training(options: argparse.Namespace, folder: Path) -> tuple[list[Comparison], str]:
+    """Steps of a ViT-B/16 student: what sending batches and keeping the account costs, and what compiling gains."""
+    from bench_training import WIDTHS, noise_batch, write_student
+
+    vision, text = (B16, CLIP_TEXT) if not options.small else (TINY_VISION, TINY_TEXT)
+    architecture = write_student(folder / "student", vision, text)
+    batch = noise_batch(options.batch, text["context_length"])
+    comparisons = []
+    for stage in ("stage 1", "stage 2"):
+        given = batch if stage == "stage 2" else replace(batch, teachers={})
+        comparison = Comparison(f"a step of {stage}, ViT-B/16, {len(WIDTHS)} teachers", "samples/s", TARGET)
+        ways = {"on the device already": "bare", "compiled": "compiled", "the loop": "loop"}
+        rates = {name: partial(step_rate, architecture, given, way, options) for name, way in ways.items()}
+        in_turn(options.runs, {name: partial(_add, comparison, name, rate) for name, rate in rates.items()})
+        comparisons.append(comparison)
+    return comparisons, f"batch {options.batch}, {options.steps} steps of noise"
+
+
+def step_rate(architecture: Path, batch: Any, way: str, options: argparse.Namespace) -> float:
+    """Samples a second of one way of taking steps; the first few are left out."""
+    import torch
+    from bench_training import WIDTHS
+
+    from common.storage import Storage
+    from trainer.architecture import read_architecture
+    from trainer.config import DistillConfig, OptimConfig
+    from trainer.loop import LoopPlan, clip_gradients, forward_backward, train
+    from trainer.objectives import ContrastiveObjective, DistillObjective
+    from trainer.optim import build_optimizer
+    from trainer.student import Student
+    from trainer.transfer import Sender
+
+    device = torch.device(options.device)
+    student = Student(read_architecture(Storage(str(architecture)))).train().to(device)
+    if way == "compiled":
+        student.compile()
+    dims = {name: (width, width) for name, width in WIDTHS.items()}
+    objective: Any = ContrastiveObjective(0.07)
+    if batch.teachers:
+        objective = DistillObjective(DistillConfig(), dict.fromkeys(WIDTHS, 50.0), 14.0, 512, dims)
+    objective = objective.to(device)
+    plan = LoopPlan(10**6, 10**6, OptimConfig(lr=1e-5), 1, 0, bfloat16=device.type == "cuda")
+    optimizer = build_optimizer({"student": student, "objective": objective}, plan.optim)
+
+    def loop(count: int) -> None:
+        for _ in train(itertools.repeat(batch, count), student, objective, optimizer, plan, 0):
+            pass
+
+    def bare(count: int) -> None:
+        here = Sender(device).send(batch)
+        for step in range(count):
+            optimizer.zero_grad(set_to_none=True)
+            forward_backward(here, student, objective, plan, step, contextlib.nullcontext)
+            clip_gradients(optimizer, plan.optim.clip_norm)
+            optimizer.step()
+
+    steps = bare if way == "bare" else loop
+    steps(WARM_UP_PASSES)
+    _wait(options.device)
+    started = time.perf_counter()
+    steps(options.steps)
+    _wait(options.device)
+    return options.steps * len(batch.place_B) / (time.perf_counter() - started)
+
+
 def _add(comparison: Comparison, way: str, rate: Any) -> None:
     comparison.add(way, rate())
 
@@ -212,8 +282,14 @@ if __name__ == "__main__":
     arguments.add_argument("--micro-batch", type=int, default=64, help="rows per forward pass")
     arguments.add_argument("--teachers", help="some of the nine, by name (default: all)")
     arguments.add_argument("--device", default="cuda", help="cpu only shows that the script runs")
+    arguments.add_argument("--only", nargs="+", choices=["teachers", "training"], default=["teachers", "training"])
+    arguments.add_argument("--batch", type=int, default=256, help="rows of a training step")
+    arguments.add_argument("--steps", type=int, default=30, help="training steps of a run")
+    arguments.add_argument("--small", action="store_true", help="a tiny student, to show that the script runs")
     chosen = arguments.parse_args()
     insist_on(chosen.device)
-    with workplace(chosen) as place:
-        results, described = measure(chosen, place)
-    conclude(results, chosen, described)
+    parts = {"teachers": measure, "training": measure_training}
+    for part in chosen.only:
+        with workplace(chosen) as place:
+            results, described = parts[part](chosen, place)
+        conclude(results, chosen, described)

@@ -11,6 +11,7 @@ and on a tenth of them, with a student so small that reading and decoding set th
 import argparse
 import itertools
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,23 @@ def unit(draw: np.random.Generator, rows: int, width: int) -> np.ndarray:
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16).astype(np.float32)
 
 
+def noise_batch(rows: int, context_length: int) -> Any:
+    """A batch of noise with what nine teachers of the paper's widths say of it."""
+    from trainer.data import Batch, TeacherRows
+
+    draw = np.random.default_rng(0)
+    teachers = {
+        name: TeacherRows(
+            unit(draw, rows, width), unit(draw, rows, width), *(draw.random(rows) < SPOKEN for _ in range(2))
+        )
+        for name, width in WIDTHS.items()
+    }
+    pixels = draw.integers(0, 256, (rows, 224, 224, 3), np.uint8)
+    tokens = draw.integers(1, 49408, (rows, context_length))
+    draws = draw.random((rows, 1 + len(teachers)), np.float32)
+    return Batch(np.arange(rows), [str(row) for row in range(rows)], pixels, tokens, teachers, draws)
+
+
 def measure_step(options: argparse.Namespace, folder: Path) -> list[Comparison]:
     """Seconds of an optimiser step of either stage."""
     import torch
@@ -75,35 +93,23 @@ def measure_step(options: argparse.Namespace, folder: Path) -> list[Comparison]:
     from common.storage import Storage
     from trainer.architecture import read_architecture
     from trainer.config import DistillConfig, OptimConfig
-    from trainer.data import Batch, TeacherRows
     from trainer.loop import LoopPlan, train
     from trainer.objectives import ContrastiveObjective, DistillObjective
     from trainer.optim import build_optimizer
     from trainer.student import Student
 
     student = Student(read_architecture(Storage(str(write_student(folder / "step", SMALL, TEXT))))).train()
-    draw = np.random.default_rng(0)
-    teachers = {
-        name: TeacherRows(
-            unit(draw, BATCH, width), unit(draw, BATCH, width), *(draw.random(BATCH) < SPOKEN for _ in range(2))
-        )
-        for name, width in WIDTHS.items()
-    }
-    pixels = draw.integers(0, 256, (BATCH, 224, 224, 3), np.uint8)
-    tokens = draw.integers(1, 49408, (BATCH, 32))
-    draws = draw.random((BATCH, 1 + len(teachers)), np.float32)
-    batch = Batch(np.arange(BATCH), [str(row) for row in range(BATCH)], pixels, tokens, teachers, draws)
+    batch = noise_batch(BATCH, TEXT["context_length"])
     plan = LoopPlan(10**6, 10**6, OptimConfig(lr=1e-5), 1, 0)
     dims = {name: (width, width) for name, width in WIDTHS.items()}
     stages = {
-        "stage 1": (ContrastiveObjective(0.07), Batch(*batch.__dict__.values()), {}),
-        "stage 2": (DistillObjective(DistillConfig(), dict.fromkeys(WIDTHS, 50.0), 14.0, 512, dims), batch, teachers),
+        "stage 1": (ContrastiveObjective(0.07), replace(batch, teachers={})),
+        "stage 2": (DistillObjective(DistillConfig(), dict.fromkeys(WIDTHS, 50.0), 14.0, 512, dims), batch),
     }
     comparison = Comparison("an optimiser step of stage 2 over one of stage 1", "s", MOST_COST, at_most=True)
 
     def steps(name: str, count: int) -> list[float]:
-        objective, given, said = stages[name]
-        one = Batch(given.place_B, given.sample_ids, pixels, tokens, said, draws)
+        objective, one = stages[name]
         optimizer = build_optimizer({"student": student, "objective": objective}, plan.optim)
         return [report.seconds for report in train([one] * count, student, objective, optimizer, plan, 0)]
 

@@ -459,3 +459,11 @@ def test_sizes_an_elastic_run_cannot_have_are_refused(place, ray_local):
         train_stage1(str(place / "lake"), "no", stage1_config(place, workers=1, max_workers=3))
     with pytest.raises(TrainError, match=r"max_workers=1 is less"):
         train_stage1(str(place / "lake"), "no", stage1_config(place, workers=2, max_workers=1))
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="torch.compile needs a compiler here")
+def test_a_compiled_student_takes_the_same_course(place, one_worker):
+    from trainer.stage1 import train_stage1
+
+    train_stage1(str(place / "lake"), "compiled", stage1_config(place, compile=True))
+    same_course(rows_of(place, "compiled"), rows_of(place, "one"))

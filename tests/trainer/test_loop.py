@@ -21,10 +21,11 @@ from trainer.config import DataConfig, DistillConfig, OptimConfig
 from trainer.data import Batch, TeacherRows, TrainData
 from trainer.feed import local_batches
 from trainer.launch import build_order, find_rows
-from trainer.loop import LoopPlan, forward_backward, train, validation_loss
+from trainer.loop import BadSteps, LoopPlan, StepNumbers, StepReport, forward_backward, train, validation_loss
 from trainer.objectives import ContrastiveObjective, DistillObjective
 from trainer.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from trainer.student import Student, StudentOutput
+from trainer.transfer import Sender
 
 PLAN = LoopPlan(total_steps=6, steps_per_epoch=2, optim=OptimConfig(lr=1e-3, warmup_steps=1), accumulate=1, seed=0)
 
@@ -53,10 +54,14 @@ def make_batch(seed=0, rows=8) -> Batch:
     )
 
 
+def sent(batch: Batch):
+    return Sender(torch.device("cpu")).send(batch)
+
+
 def gradients(student, objective, batch, plan):
     for parameter in [*student.parameters(), *objective.parameters()]:
         parameter.grad = None
-    terms = forward_backward(batch, student, objective, plan, 0, torch.device("cpu"), None)
+    terms = forward_backward(sent(batch), student, objective, plan, 0, None)
     named = [*student.named_parameters(), *objective.named_parameters()]
     return terms.total.item(), {name: p.grad.clone() for name, p in named if p.grad is not None}
 
@@ -86,7 +91,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(student, accumulate)
     terms = None
     for parameter in [*student.parameters(), *objective.parameters()]:
         parameter.grad = None
-    terms = forward_backward(batch, student, objective, plan, 0, torch.device("cpu"), contextlib.nullcontext)
+    terms = forward_backward(sent(batch), student, objective, plan, 0, contextlib.nullcontext)
     assert terms.total.item() == pytest.approx(whole_loss, rel=1e-5)
     for name, parameter in [*student.named_parameters(), *objective.named_parameters()]:
         if parameter.grad is not None:
@@ -108,9 +113,7 @@ def test_accumulation_repeats_dropout(student):
 
     noisy = Noisy()
     plan = dataclasses.replace(PLAN, accumulate=2)
-    forward_backward(
-        make_batch(), noisy, ContrastiveObjective(0.07), plan, 3, torch.device("cpu"), contextlib.nullcontext
-    )
+    forward_backward(sent(make_batch()), noisy, ContrastiveObjective(0.07), plan, 3, contextlib.nullcontext)
     assert noisy.calls[:2] == noisy.calls[2:]
     assert noisy.calls[0] != noisy.calls[1]
 
@@ -138,6 +141,36 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(student, caplog):
     assert "sample-0, sample-1" in caplog.text
     assert all(torch.equal(p, before[name]) for name, p in student.named_parameters())
     assert not next(reports).skipped
+
+
+def test_a_skipped_step_leaves_moments_and_step_counts_alone(student):
+    objective = DistillObjective(DistillConfig(queue=16), {"t": 10.0}, 10.0, 16, {"t": (5, 5)})
+    optimizer = build_optimizer({"student": student, "objective": objective}, PLAN.optim)
+    reports = train([make_batch(), broken(make_batch())], student, objective, optimizer, PLAN, first_step=0)
+    next(reports)
+    before, queue = optimizer_tensors(optimizer), {k: v.clone() for k, v in objective.state_dict().items()}
+    assert next(reports).skipped
+    after = optimizer_tensors(optimizer)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(queue[name], value) for name, value in objective.state_dict().items())
+
+
+def test_what_is_looked_at_later_is_named_with_its_own_step_and_stops_the_run_too(caplog):
+    logging.getLogger("mmkd").propagate = True
+    watch, bad = BadSteps(most=2, look_back=3), {2, 5, 6}
+
+    def report(step):
+        loss = torch.tensor(float("nan") if step in bad else 1.0)
+        numbers = StepNumbers(["total", "grad_norm"], [loss, torch.tensor(1.0)])
+        return StepReport(step + 1, 0, numbers, 0.1, make_batch(), 0.0, 1.0)
+
+    with caplog.at_level(logging.WARNING, "mmkd"):
+        for step in range(8):
+            watch.add(report(step))
+        assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["step 2"]
+        with pytest.raises(TrainError, match="2 steps in a row, up to step 6"):
+            watch.finish()
 
 
 def test_several_such_steps_in_a_row_stop_the_run(student):
@@ -254,9 +287,8 @@ def _one_of_two(rank, address, student_folder, folder):
     if rank == 1:
         batches[1] = broken(batches[1])
         backward_passes = iter(range(5))
-        # The second step has no backward pass, so the fourth step's is the third.
         first = next(p for p in student.parameters() if p.requires_grad)
-        first.register_hook(lambda gradient: gradient * float("inf") if next(backward_passes) == 2 else gradient)
+        first.register_hook(lambda gradient: gradient * float("inf") if next(backward_passes) == 3 else gradient)
     model = torch.nn.parallel.DistributedDataParallel(student)
     skipped, parameters = [], []
     for report in train(batches, model, objective, optimizer, PLAN, 0, model.no_sync):

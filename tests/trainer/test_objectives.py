@@ -253,6 +253,9 @@ def queued(length, **settings):
     return DistillObjective(weights, {"t.v2": 10.0, "u": 5.0}, 10.0, 8, {"t.v2": (5, 5), "u": (5, None)})
 
 
+TAKEN = torch.tensor(True)
+
+
 def two_teachers(seed, rows=6):
     everywhere, nowhere = torch.ones(rows, dtype=torch.bool), torch.zeros(rows, dtype=torch.bool)
     return {
@@ -265,7 +268,7 @@ def test_an_empty_queue_changes_nothing_and_a_filled_one_adds_columns():
     plain, objective = queued(0), queued(12)
     first, second = two_teachers(2), two_teachers(20)
     assert objective(student(), first).total.item() == pytest.approx(plain(student(), first).total.item())
-    objective.after_step()
+    objective.after_step(TAKEN)
     assert objective.queue.filled == 6
     assert objective(student(), second).image_image != plain(student(), second).image_image
     keys, said, itself = objective.queue.behind(student(), second, torch.arange(6))
@@ -278,7 +281,7 @@ def test_an_empty_queue_changes_nothing_and_a_filled_one_adds_columns():
 def test_a_row_is_not_compared_with_its_own_sample_of_an_earlier_step():
     objective, places = queued(12), torch.arange(6)
     objective(student(), two_teachers(2), None, places)
-    objective.after_step()
+    objective.after_step(TAKEN)
     *_, itself = objective.queue.behind(student(), two_teachers(2), places.flip(0))
     assert torch.equal(itself[:, 6:], torch.eye(6, dtype=torch.bool).flip(0))
     # The same batch again, each row beside its copy: with the copies left out, what is asked is asked twice over.
@@ -310,8 +313,9 @@ def test_the_queue_forgets_the_oldest_and_only_steps_that_were_taken_enter():
     objective = queued(8)
     for seed in (2, 40):
         objective(student(), two_teachers(seed))
-        objective.after_step()
-    objective(student(), two_teachers(60))  # a step whose loss is not finite is skipped, and so is after_step
+        objective.after_step(TAKEN)
+    objective(student(), two_teachers(60))
+    objective.after_step(~TAKEN)  # its loss was not finite
     kept = objective.queue.get_buffer("image_0")
     assert torch.equal(kept, torch.cat([two_teachers(40)["t.v2"].image_NT, two_teachers(2)["t.v2"].image_NT])[:8])
     assert objective.queue.filled == 8
@@ -320,7 +324,7 @@ def test_the_queue_forgets_the_oldest_and_only_steps_that_were_taken_enter():
 def test_a_batch_longer_than_the_queue_fills_it():
     objective = queued(4)
     objective(student(), two_teachers(2))
-    objective.after_step()
+    objective.after_step(TAKEN)
     assert objective.queue.filled == 4
     assert torch.equal(objective.queue.get_buffer("text"), student().text_BD[:4])
 
@@ -328,7 +332,7 @@ def test_a_batch_longer_than_the_queue_fills_it():
 def test_a_restored_queue_gives_the_same_loss():
     objective, restored = queued(12), queued(12)
     objective(student(), two_teachers(2))
-    objective.after_step()
+    objective.after_step(TAKEN)
     restored.load_state_dict(objective.state_dict(), strict=True)
     assert restored(student(), two_teachers(9)).total == objective(student(), two_teachers(9)).total
 

@@ -1,13 +1,15 @@
 """What the progress line says of a step."""
 
 import numpy as np
+import torch
 
-from trainer.loop import StepReport
+from trainer.loop import StepNumbers, StepReport
 from trainer.record import Pace, describe_terms
 
 
 def report(seconds, waited) -> StepReport:
-    return StepReport(1, 0, {"total": 1.0}, 1.0, 0.1, np.zeros(1), waited, seconds)
+    numbers = StepNumbers(["total", "grad_norm"], [torch.tensor(1.0), torch.tensor(1.0)])
+    return StepReport(1, 0, numbers, 0.1, np.zeros(1), waited, seconds)
 
 
 def test_a_loss_is_shown_with_the_terms_it_has():
