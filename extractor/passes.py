@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +26,8 @@ class _Result(NamedTuple):
 
 MANY_ROWS = 8
 """So many rows never fail alike by themselves."""
+MOST_LANES = 4
+"""Each needs the working memory of a pass."""
 _STAGES = 2
 """Pinned buffers: one is filled while the other is being copied to the GPU."""
 
@@ -33,11 +38,15 @@ class MicroBatches:
     Every pass has the same shape, whatever is left over, so that a vector does not depend on its neighbours. When the
     GPU runs out of memory the micro-batch is halved, for good, and the work goes on.
 
+    On a CPU the threads are split into lanes, each with a pass of its own. Many threads in one pass meet at the end of
+    each operation, and where another process has one of their cores, all wait for it.
+
     Args:
         device: Where the model lies.
         rows: Of a pass.
         autocast: Type of the forward pass on a GPU; a CPU always computes in float32.
         precision: What vectors are rounded to.
+        threads: torch threads on a CPU, for all lanes together.
     """
 
     def __init__(
@@ -46,14 +55,21 @@ class MicroBatches:
         rows: int,
         autocast: torch.dtype | None = None,
         precision: torch.dtype = torch.float16,
+        threads: int = 1,
     ) -> None:
         self.device = device
         self.rows = rows
         self.precision = precision
         self.count = 0
+        self._counting = threading.Lock()
         self.on_gpu = device.startswith("cuda")
         self.autocast = autocast if self.on_gpu else None
         self._copies = torch.cuda.Stream(device) if self.on_gpu else None
+        self._lanes: ThreadPoolExecutor | None = None
+        self._lane_count = 1 if self.on_gpu else min(threads, MOST_LANES)
+        if self._lane_count > 1:
+            each = threads // self._lane_count
+            self._lanes = ThreadPoolExecutor(self._lane_count, "mmkd-lane", torch.set_num_threads, (each,))
 
     @torch.inference_mode()
     def run(self, tower: Tower, inputs: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
@@ -90,6 +106,9 @@ class MicroBatches:
 
     def _stream(self, tower: Tower, inputs: np.ndarray, start: int, vectors: np.ndarray, norms: np.ndarray) -> None:
         """Pass after pass; a result is fetched only when the next pass is on its way, so that the GPU never waits."""
+        if self._lanes is not None and len(inputs) - start > (self._lane_count - 1) * self.rows:
+            self._stream_in_lanes(self._lanes, tower, inputs, start, vectors, norms)
+            return
         stages = [self._stage(inputs) for _ in range(_STAGES if self.on_gpu else 1)]
         waiting: _Result | None = None
         for number, begin in enumerate(range(start, len(inputs), self.rows)):
@@ -104,6 +123,43 @@ class MicroBatches:
             self._fetch(waiting, vectors, norms)
             waiting = fetching
         self._fetch(waiting, vectors, norms)
+
+    def _stream_in_lanes(
+        self,
+        lanes: ThreadPoolExecutor,
+        tower: Tower,
+        inputs: np.ndarray,
+        start: int,
+        vectors: np.ndarray,
+        norms: np.ndarray,
+    ) -> None:
+        """Passes side by side; of those that failed the first counts, and those before it are done."""
+        stages = [self._stage(inputs) for _ in range(self._lane_count)]
+        waiting: deque[tuple[int, Future[_Result]]] = deque()
+
+        def fetch_oldest() -> None:
+            begin, future = waiting.popleft()
+            try:
+                result = future.result()
+            except Exception as error:
+                wait([later for _, later in waiting])  # they may use what is about to be looked at row by row
+                raise _PassError(begin, error) from error
+            self._fetch(result, vectors, norms)
+
+        for number, begin in enumerate(range(start, len(inputs), self.rows)):
+            if len(waiting) == self._lane_count:
+                fetch_oldest()  # whose buffer is taken again now
+            stage = stages[number % self._lane_count]
+            waiting.append((begin, lanes.submit(self._pass, tower, inputs, begin, stage)))
+        while waiting:
+            fetch_oldest()
+
+    @torch.inference_mode()  # a thread has a mode of its own
+    def _pass(
+        self, tower: Tower, inputs: np.ndarray, begin: int, stage: tuple[torch.Tensor, torch.cuda.Event | None]
+    ) -> _Result:
+        stop = min(begin + self.rows, len(inputs))
+        return self._bring_back(begin, stop, *self._forward(tower, self._load(stage, inputs[begin:stop])))
 
     def _stage(self, inputs: np.ndarray) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         like = torch.from_numpy(np.zeros((self.rows, *inputs.shape[1:]), inputs.dtype))
@@ -129,7 +185,8 @@ class MicroBatches:
     def _forward(self, tower: Tower, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast("cuda", dtype=self.autocast, enabled=self.autocast is not None):
             out_BD = tower(batch).float()
-        self.count += 1
+        with self._counting:
+            self.count += 1
         norm_B = out_BD.norm(dim=1)
         return (out_BD / norm_B.clamp_min(1e-12)[:, None]).to(self.precision), norm_B
 

@@ -98,6 +98,7 @@ class Teacher:
             micro_batch,
             None if dtype == "float32" else getattr(torch, dtype),
             getattr(torch, teacher.stored_precision),
+            torch.get_num_threads(),
         )
         found = restrict_like(teacher.description, self.model.description).identity()
         differing = differing_keys(teacher.description.identity(), found)

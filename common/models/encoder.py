@@ -5,6 +5,7 @@ B = batch, H x W = pixels, C = channels, L = context length, D = width.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
@@ -46,7 +47,7 @@ class Encoder(ABC):
         self.description = description
         self.logit_scale = None if log_scale is None else float(torch.as_tensor(log_scale).detach().exp().mean())
         self._load_tokenizer = tokenizer
-        self._planes: torch.Tensor | None = None
+        self._own = threading.local()
         channels = description.geometry.channels
         self._mean = torch.tensor(description.mean[:channels]).view(1, channels, 1, 1) * 255
         self._std = torch.tensor(description.std[:channels]).view(1, channels, 1, 1) * 255
@@ -79,7 +80,7 @@ class Encoder(ABC):
         return self.image_features(pixels_BCHW).float()
 
     def _standardised(self, pixels_BHWC: torch.Tensor) -> torch.Tensor:
-        """Float32 [B, C, H, W]; on a CPU in memory that the next call takes again.
+        """Float32 [B, C, H, W]; on a CPU in memory that the thread's next call takes again.
 
         There a fresh batch of floats costs more in page faults than in arithmetic, arithmetic on a channels-last view
         four times as much as on planes, and whole batches leave the cache between two steps: together a factor of five.
@@ -89,10 +90,10 @@ class Encoder(ABC):
         planes_BCHW = pixels_BHWC.permute(0, 3, 1, 2)
         if pixels_BHWC.device.type != "cpu":
             return planes_BCHW.contiguous().float().sub_(self._mean).div_(self._std)
-        kept = self._planes
+        kept = getattr(self._own, "planes", None)
         if kept is None or len(kept) < len(planes_BCHW) or kept.shape[1:] != planes_BCHW.shape[1:]:
             with torch.inference_mode(False):  # a tensor made in that mode could not be filled outside of it
-                self._planes = kept = torch.empty(planes_BCHW.shape, dtype=torch.float32)
+                self._own.planes = kept = torch.empty(planes_BCHW.shape, dtype=torch.float32)
         for start in range(0, len(planes_BCHW), PICTURES_AT_ONCE):
             few_BCHW = planes_BCHW[start : start + PICTURES_AT_ONCE].contiguous().float().sub_(self._mean)
             torch.div(few_BCHW, self._std, out=kept[start : start + len(few_BCHW)])

@@ -15,6 +15,8 @@ TINY_TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2,
 TINY_VISION = {"image_size": 224, "layers": 1, "width": 32, "patch_size": 56, "head_width": 16}
 B32_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
 B32_VISION = {"image_size": 224, "layers": 12, "width": 768, "patch_size": 32}
+S32_VISION = {"image_size": 224, "layers": 12, "width": 384, "patch_size": 32}
+S32_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 256, "heads": 4, "layers": 10}
 SHORTEST = {"interpolation": "bicubic", "resize_mode": "shortest"}
 LONGEST = {"interpolation": "bicubic", "resize_mode": "longest"}
 BILINEAR = {"interpolation": "bilinear", "resize_mode": "shortest"}
@@ -145,6 +147,11 @@ def write_teacher(
 def write_base_teacher(folder: Path) -> list[str]:
     """One teacher of the size of ViT-B/32: on a CPU, it bounds the run."""
     return [write_teacher(folder / "base", B32_VISION, B32_TEXT, 512)]
+
+
+def write_small_teacher(folder: Path) -> list[str]:
+    """One teacher of the size of open_clip's ViT-S-32-alt: it bounds the run, and the run ends in minutes."""
+    return [write_teacher(folder / "small", S32_VISION, S32_TEXT, 256)]
 
 
 def write_tiny_teachers(folder: Path, count: int = 9) -> list[str]:

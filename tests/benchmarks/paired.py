@@ -160,16 +160,20 @@ def compare_rates(
     """
     by_clock = Comparison(title, "rows/s", target)
     by_work = Comparison(title, "rows per CPU second of all processes")
+    shares: list[float] = []
 
     def measure(name: str, way: str, order: dict[str, object]) -> None:
         found = run_way(way, order)
         by_clock.add(name, found["per_second"])
         by_work.add(name, found["per_cpu_second"])
+        shares.extend([found["driver_share"]] if "driver_share" in found else [])
 
     ways = {baseline: partial(measure, baseline, baseline, order)}
     for name, its_order in {**(variants or {}), "extract": order}.items():
         ways[name] = partial(measure, name, "extract", its_order)
     in_turn(options.runs, ways)
+    # A driver that burns a core is the half of a machine of two, and one of many elsewhere.
+    print(f"\nextract's driver took {100 * median(shares):.1f} % of all CPU seconds (most: {100 * max(shares):.1f} %)")
     return [by_clock, by_work]
 
 

@@ -49,6 +49,7 @@ class CpuMeter(_Onlooker):
         super().__init__()
         self._last: dict[psutil.Process, float] = {}
         self._seen: list[tuple[float, float]] = []
+        self._own: list[float] = []
         self.look()
 
     @property
@@ -61,6 +62,12 @@ class CpuMeter(_Onlooker):
         times, used = zip(*self._seen, strict=True)
         return float(np.interp(moment, times, used))
 
+    def own_share(self, start: float, stop: float) -> float:
+        """Of this process alone between two moments, as a share of what all used."""
+        times, used = zip(*self._seen, strict=True)
+        own, together = (np.diff(np.interp([start, stop], times, column))[0] for column in (self._own, used))
+        return float(own / together) if together else 0.0
+
     def look(self) -> None:
         """Note what every process has used so far."""
         for process in tree():
@@ -68,6 +75,8 @@ class CpuMeter(_Onlooker):
                 used = process.cpu_times()
                 self._last[process] = used.user + used.system
         self._seen.append((time.time(), sum(self._last.values())))
+        mine = psutil.Process().cpu_times()
+        self._own.append(mine.user + mine.system)
 
 
 class MemoryWatch(_Onlooker):

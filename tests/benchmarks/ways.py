@@ -72,6 +72,7 @@ def extract_way(order: Order) -> Answer:
         "per_second": float(np.polyfit(times, rows, 1)[0]),
         "per_cpu_second": float(np.polyfit(cpu, rows, 1)[0]),
         "start_seconds": start,
+        "driver_share": meter.own_share(times[0], times[-1]),
     }
 
 

@@ -1,3 +1,5 @@
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -125,3 +127,43 @@ def test_a_pass_whose_rows_all_fail_alike_is_not_the_rows_fault():
 
     with pytest.raises(RuntimeError, match="all 8 rows of a pass fail alike: RuntimeError: CUBLAS_STATUS_ALLOC_FAILED"):
         MicroBatches("cpu", 8).run(broken, INPUTS, 2)
+
+
+def test_lanes_run_side_by_side_and_give_what_one_pass_after_the_other_gives():
+    together = threading.Barrier(2, timeout=30)
+
+    def met(batch):
+        together.wait()  # a lone pass would wait for ever
+        return tower(batch)
+
+    passes = MicroBatches("cpu", 2, threads=2)
+    inputs = np.concatenate([INPUTS, INPUTS[:1]])
+    vectors, norms, failures = passes.run(met, inputs, 2)
+    alone = MicroBatches("cpu", 2).run(tower, inputs, 2)
+    np.testing.assert_array_equal(vectors, alone[0])
+    np.testing.assert_array_equal(norms, alone[1])
+    assert (passes.count, failures) == (6, {})
+
+
+def test_a_row_that_fails_in_a_lane_is_alone_in_it():
+    def picky(batch):
+        if (batch[:, 0] == 6).any():
+            raise ValueError("six")
+        return tower(batch)
+
+    vectors, norms, failures = MicroBatches("cpu", 2, threads=3).run(picky, INPUTS, 2)
+    assert failures == {5: "ValueError: six"}
+    assert np.isnan(norms[5])
+    rest = np.delete(np.arange(11), 5)
+    np.testing.assert_allclose(vectors[rest], expected()[rest], atol=1e-3)
+
+
+def test_a_single_pass_has_all_threads():
+    names = []
+
+    def named(batch):
+        names.append(threading.current_thread().name)
+        return tower(batch)
+
+    MicroBatches("cpu", 16, threads=2).run(named, INPUTS, 2)
+    assert names == [threading.main_thread().name]
