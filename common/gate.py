@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+import weakref
 from typing import Any
 
 REPEAT_SECONDS = 5.0
@@ -34,16 +36,19 @@ class Gate:
             self._changed.notify_all()
 
     async def close(self) -> None:
-        """Send everybody home."""
+        """Send home whoever would have to wait."""
         async with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     async def passes(self, place: int) -> bool:
-        """Wait for one's turn; false when the gate was closed and there is nothing to do any more."""
+        """Wait for one's turn; false when it will never come.
+
+        Who was let in once is let in again, also after the end: Ray does a task again whose product was lost.
+        """
         async with self._changed:
             await self._changed.wait_for(lambda: self._closed or place < self._limit)
-            return not self._closed
+            return place < self._limit
 
 
 class GateKeeper:
@@ -55,25 +60,40 @@ class GateKeeper:
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
-        self._limit = 0
-        self._closed = threading.Event()
-        threading.Thread(target=self._repeat, name="mmkd-gate-keeper", daemon=True).start()
+        self._limit, self._closed = 0, False
+        threading.Thread(target=_repeat, args=(weakref.ref(self),), name="mmkd-gate-keeper", daemon=True).start()
 
     def allow(self, limit: int) -> None:
         """Let so many begin, counted from the first; at once, without waiting for an answer."""
-        if limit > self._limit and not self._closed.is_set():
+        if limit > self._limit:
             self._limit = limit
             self.actor.allow.remote(limit)
 
     def close(self) -> None:
-        """Send everybody home; to call it again does nothing."""
-        if not self._closed.is_set():
-            self._closed.set()
+        """Send home whoever would have to wait; to call it again does nothing."""
+        if not self._closed:
+            self._closed = True
             self.actor.close.remote()
 
-    def _repeat(self) -> None:
-        while not self._closed.wait(REPEAT_SECONDS):
-            self.actor.allow.remote(self._limit)
+    def repeat(self) -> None:
+        """Say once more what was said."""
+        self.actor.allow.remote(self._limit)
+        if self._closed:
+            self.actor.close.remote()
+
+
+def _repeat(keeper: weakref.ref[GateKeeper]) -> None:
+    """Repeat what a keeper said for as long as there is one, and a cluster to say it to."""
+    while True:
+        time.sleep(REPEAT_SECONDS)
+        present = keeper()
+        if present is None:
+            return
+        try:
+            present.repeat()
+        except Exception:  # noqa: BLE001 - Ray was shut down; this module knows none of its errors
+            return
+        del present
 
 
 def gate_options(node: str) -> dict[str, Any]:

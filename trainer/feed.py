@@ -115,7 +115,7 @@ def _stream(
         source = ray.data.from_items(items, override_num_blocks=len(items))
     node = ray.get_runtime_context().get_node_id()
     keeper = GateKeeper(ray.remote(Gate).options(**gate_options(node)).remote())
-    keeper.allow(ahead)
+    keeper.allow(min(ahead, firsts[-1]))
     blocks = source.map_batches(
         cast(Any, _read_task),
         fn_kwargs={"data": data, "lanes": lanes, "gate": keeper.actor},
@@ -141,7 +141,7 @@ def _stream(
                 taken += 1
                 if taken == firsts[-1]:
                     keeper.close()
-                keeper.allow(taken + ahead)
+                keeper.allow(min(taken + ahead, firsts[-1]))
                 yield blob
     finally:
         keeper.close()

@@ -92,6 +92,15 @@ def test_a_gate_whose_process_dies_is_told_again(ray_local, monkeypatch):
     assert [shard for shard, _ in shards] == [2, 9]
 
 
+def test_who_was_let_in_is_let_in_again_after_the_end(ray_local):
+    """Ray does a task again whose product was lost with its machine, also when the last shard was taken long ago."""
+    prepared = PreparedShards(Preparing(), 1)
+    prepared.allow(3)
+    assert len(list(prepared)) == 3
+    passes = prepared._keeper.actor.passes.remote
+    assert ray_local.get([passes(2), passes(3)], timeout=20) == [True, False]
+
+
 def test_a_stream_that_is_closed_while_everybody_waits_ends(ray_local):
     prepared = PreparedShards(Preparing(), 1)
     feeder = Feeder(prepared, on_stop=prepared.close)
