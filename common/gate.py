@@ -11,6 +11,7 @@ No Ray here: a package that uses it makes the actor by ``ray.remote(Gate).option
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 import weakref
@@ -73,7 +74,8 @@ class GateKeeper:
         """Send home whoever would have to wait; to call it again does nothing."""
         if not self._closed:
             self._closed = True
-            self.actor.close.remote()
+            with contextlib.suppress(Exception):  # Ray may be gone, and whatever ended it is the error to tell of
+                self.actor.close.remote()
 
     def repeat(self) -> None:
         """Say once more what was said."""

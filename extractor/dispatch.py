@@ -57,7 +57,7 @@ class Dispatcher:
         """Shard -> teachers that have not finished it."""
         self._embedding: dict[Any, tuple[Job, Seat, Any]] = {}
         self._writing: dict[Any, tuple[Job, EmbedFacts]] = {}
-        self._micro_batches: dict[str, int] = {}
+        self._micro_batches: dict[tuple[str, str], int] = {}
         self._kills_noted: set[int] = set()
         self._said = time.monotonic()
         self._write: Any = ray.remote(write_file).options(num_cpus=WRITER_CPUS, max_retries=5)
@@ -265,12 +265,13 @@ class Dispatcher:
     def _note_device(self, pool: TeacherPool, facts: EmbedFacts) -> None:
         """What a user would want to know of an actor: that its GPU is of no use, or too small."""
         teacher = pool.name
-        if pool.gpus and "/cpu/" in facts.device and facts.device not in self._micro_batches:
+        here = (teacher, facts.device)  # several teachers may share a process
+        if pool.gpus and "/cpu/" in facts.device and here not in self._micro_batches:
             text = f"{teacher} at {facts.device} holds a GPU but torch finds no CUDA there; it runs on the CPU"
             logger.warning("extract: %s", text)
             self.on_note("GPU not used", text)
-        before = self._micro_batches.get(facts.device, pool.micro_batch)
-        self._micro_batches[facts.device] = facts.micro_batch
+        before = self._micro_batches.get(here, pool.micro_batch)
+        self._micro_batches[here] = facts.micro_batch
         if facts.micro_batch < before:
             self.on_note(
                 "out of memory",

@@ -194,15 +194,20 @@ class Engine:
 
     def _start(self, placements: dict[str, TeacherPlacement]) -> dict[str, TeacherPool]:
         share = self.config.hardware.share_process
+        together, alone = (self._arguments(placements, shared) for shared in (share, False))
+        return start_pools(placements, self.kind, together, lambda: self.stop.asked, share, alone)
+
+    def _arguments(self, placements: dict[str, TeacherPlacement], share: bool) -> dict[str, tuple[Any, ...]]:
+        """Teacher -> arguments of its constructor, whose threads depend on how many processes share the cores."""
         processes = sum(placements[names[0]].actors for names in group_teachers(placements, share))
-        machines = max(1, sum(node["Alive"] for node in ray.nodes()))
-        cpus = int(ray.cluster_resources().get("CPU", 1)) // machines
-        threads = self.config.hardware.threads or CoreShare(max(1, cpus), -(-processes // machines))
-        arguments = {
+        machines = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        cpus = int(min((node["Resources"]["CPU"] for node in machines), default=1))
+        each = -(-processes // max(1, len(machines)))
+        threads = self.config.hardware.threads or CoreShare(max(1, cpus), each)
+        return {
             name: (self.inputs[name], "auto", placement.micro_batch or self.config.micro_batch, threads)
             for name, placement in placements.items()
         }
-        return start_pools(placements, self.kind, arguments, lambda: self.stop.asked, share)
 
     def _remember(self, written: dict[str, dict[int, int]]) -> None:
         """Spare the next run a look into the files of this one; that this fails must hide no other error."""

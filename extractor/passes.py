@@ -68,8 +68,12 @@ class MicroBatches:
         self._lanes: ThreadPoolExecutor | None = None
         self._lane_count = 1 if self.on_gpu else min(threads, MOST_LANES)
         if self._lane_count > 1:
-            each = threads // self._lane_count
-            self._lanes = ThreadPoolExecutor(self._lane_count, "mmkd-lane", torch.set_num_threads, (each,))
+            # Threads that are left over go to the first lanes, one each.
+            each = [threads // self._lane_count + (lane < threads % self._lane_count) for lane in range(MOST_LANES)]
+            shares = iter(each)
+            self._lanes = ThreadPoolExecutor(
+                self._lane_count, "mmkd-lane", lambda: torch.set_num_threads(next(shares, each[-1]))
+            )
 
     @torch.inference_mode()
     def run(self, tower: Tower, inputs: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:

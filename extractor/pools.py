@@ -118,6 +118,11 @@ class Seat:
     died_at: int | None = None
     """The shard at work when the process died; None where it may have been another teacher's."""
 
+    @property
+    def placed(self) -> Any:
+        """Reference that is ready when the process is there, with the numbers of its GPUs."""
+        return self.process.placed
+
 
 class TeacherPool:
     """The actors of one teacher and the shards that wait for them. For one thread.
@@ -130,6 +135,7 @@ class TeacherPool:
         shared: Processes that it shares with other teachers, one for each actor; none: processes of its own. What
             takes the place of a shared process that died is the teacher's own, so that a teacher that ends processes
             takes the others with it once at most.
+        alone: Arguments of its constructor in such a process of its own; by default the same.
     """
 
     def __init__(
@@ -139,18 +145,22 @@ class TeacherPool:
         arguments: tuple[Any, ...],
         placement: TeacherPlacement,
         shared: Sequence[Process] = (),
+        alone: tuple[Any, ...] | None = None,
     ) -> None:
         self.name = name
         self._placement = placement
-        self._arguments = (kind, arguments)
+        self._kind = kind
+        self._alone = arguments if alone is None else alone
         self.micro_batch: int = arguments[2]
         self.gpus = placement.gpus or 0.0
         """Of each actor."""
         processes = shared or [self._own_process() for _ in range(placement.actors or 1)]
-        self.seats = [self._start(process, bool(shared)) for process in processes]
+        self.seats = [self._start(process, arguments, bool(shared)) for process in processes]
         self.queue: deque[Job] = deque()
         self.failure: str | None = None
         """Why the teacher cannot go on; its work is dropped then."""
+        self.was_ready = False
+        """Whether an actor has ever loaded its weights."""
         self.logit_scale: float | None = None
         """Of the model; known once an actor is there."""
         self.restarts = 0
@@ -161,8 +171,8 @@ class TeacherPool:
     def _own_process(self) -> Process:
         return Process(f"Teacher_{self.name}", self._placement)
 
-    def _start(self, process: Process, is_shared: bool = False) -> Seat:
-        return Seat(process, process.load(self.name, *self._arguments), is_shared)
+    def _start(self, process: Process, arguments: tuple[Any, ...], is_shared: bool = False) -> Seat:
+        return Seat(process, process.load(self.name, self._kind, arguments), is_shared)
 
     @property
     def waiting(self) -> list[Any]:
@@ -190,7 +200,7 @@ class TeacherPool:
             else:
                 self._replace(seat, seat.failed_starts + 1, last_line(error))
         else:
-            seat.loading, seat.failed_starts = None, 0
+            seat.loading, seat.failed_starts, self.was_ready = None, 0, True
 
     def lost(self, seat: Seat) -> None:
         """An actor's process has died or is of no more use; another takes its place."""
@@ -205,7 +215,7 @@ class TeacherPool:
         self.seats.remove(seat)
         if failed_starts < MAX_FAILED_STARTS:
             logger.warning("extract: another process of teacher %s is being started: %s", self.name, why)
-            fresh = self._start(self._own_process())
+            fresh = self._start(self._own_process(), self._alone)
             fresh.failed_starts = failed_starts
             self.seats.append(fresh)
         elif not self.seats:
@@ -235,6 +245,7 @@ def start_pools(
     arguments: Mapping[str, tuple[Any, ...]],
     stopped: Callable[[], object] = lambda: False,
     share: bool = False,
+    alone: Mapping[str, tuple[Any, ...]] | None = None,
 ) -> dict[str, TeacherPool]:
     """Start every teacher's actors, in the order of ``placements``.
 
@@ -248,13 +259,16 @@ def start_pools(
         arguments: Teacher -> arguments of its constructor.
         stopped: Whether to wait no more.
         share: Whether teachers without a GPU that are placed alike are held by the same processes.
+        alone: Like ``arguments``, for a process that takes the place of a shared one; by default the same.
     """
     together = _shared_processes(placements, share)
     shares = any(0 < (one.gpus or 0) < 1 for one in placements.values())
     in_turn = shares and ray.cluster_resources().get("GPU", 0) > 1
     pools: dict[str, TeacherPool] = {}
     for name, placement in placements.items():
-        pools[name] = TeacherPool(name, kind, arguments[name], placement, together.get(name, ()))
+        pools[name] = TeacherPool(
+            name, kind, arguments[name], placement, together.get(name, ()), (alone or arguments)[name]
+        )
         if in_turn and placement.gpus and not (in_turn := _placed(pools[name], stopped)) and not stopped():
             logger.warning(
                 "extract: teacher %s has no place after %d s; the other teachers are asked for at once, and may share "
@@ -289,7 +303,7 @@ def _shared_processes(placements: Mapping[str, TeacherPlacement], share: bool) -
 
 def _placed(pool: TeacherPool, stopped: Callable[[], object]) -> bool:
     """Wait until the processes of a teacher are there; False if they take too long."""
-    missing, deadline = [seat.process.placed for seat in pool.seats], time.monotonic() + SEAT_SECONDS
+    missing, deadline = [seat.placed for seat in pool.seats], time.monotonic() + SEAT_SECONDS
     while missing and not stopped() and time.monotonic() < deadline:
         _, missing = ray.wait(missing, num_returns=len(missing), timeout=0.5)
     return not missing
@@ -304,9 +318,10 @@ def wait_until_seated(pools: dict[str, TeacherPool], stopped: Callable[[], objec
     said = time.monotonic()
     while not stopped():
         for pool in pools.values():
-            if pool.failure is not None:
+            if pool.failure is not None and not pool.was_ready:
                 raise ModelError(f"Teacher {pool.name!r} did not start: {pool.failure}")
-        missing = [pool for pool in pools.values() if not pool.is_ready()]
+        # One that failed after it was there is not waited for: the others do what they can.
+        missing = [pool for pool in pools.values() if pool.failure is None and not pool.is_ready()]
         if not missing:
             return
         ready, _ = ray.wait([ref for pool in missing for ref in pool.waiting], timeout=0.5)

@@ -55,7 +55,7 @@ class Workers:
             MmkdError: A task met one, or a file or connection failed it; the tasks that are done stay done.
         """
         rows = [{"index": index, "item": json.dumps(item)} for index, item in enumerate(items)]
-        if len(rows) <= few and not self._is_there:
+        if not rows or (len(rows) <= few and not self._is_there):
             answers: Iterator[dict[str, Any]] = (_run_one(row, task, arguments) for row in rows)
         else:
             self._enter()

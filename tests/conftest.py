@@ -32,6 +32,7 @@ def ray_local():
     started = not ray.is_initialized()
     if started:
         ray.init(
+            address="local",  # not the one of another test session on this machine
             num_cpus=4,
             object_store_memory=1 << 30,
             include_dashboard=False,

@@ -161,8 +161,9 @@ def train(
         seconds = time.perf_counter() - started + wait_seconds
         report = StepReport(step + 1, step // plan.steps_per_epoch, numbers, rate, batch, wait_seconds, seconds)
         watch.add(report)
+        if step + 1 == plan.total_steps:
+            watch.finish()  # before the last checkpoint is saved, by which the run counts as finished
         yield report
-    watch.finish()
 
 
 def step_if(optimizer: torch.optim.Optimizer, is_finite: torch.Tensor) -> None:

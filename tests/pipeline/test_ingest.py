@@ -131,3 +131,9 @@ def test_killed_while_reading_and_again_while_writing_ends_with_the_same_lake(
 def test_a_storage_fault_in_a_task_is_one_paragraph(ray_local, tmp_path, few):
     with pytest.raises(StorageError, match=r"FileNotFoundError.*nowhere.*run the same command again"):
         list(Workers().run([str(tmp_path / "nowhere")], open, few=few))
+
+
+def test_no_items_are_no_work_also_when_the_workers_are_there(ray_local):
+    with Workers() as workers:
+        assert len(list(workers.run([["a"], ["b"]], len))) == 2
+        assert list(workers.run([], len)) == []
