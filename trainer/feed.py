@@ -26,6 +26,8 @@ BLOCKS_AHEAD = 4
 the object store for each worker, whatever the others take."""
 LEAST_AHEAD = 128 << 20
 """Bytes: small blocks may be more."""
+PREFETCHED = 2
+"""Blocks that Ray fetches to this machine before they are asked for."""
 READERS = 2  # one ahead, so that a new window does not make the decoders wait
 
 
@@ -134,12 +136,14 @@ def _stream(
         num_cpus=cpus,
         compute=ray.data.TaskPoolStrategy(tasks),
     )
-    taken = 0
+    taken, last = 0, firsts[-1] - PREFETCHED
     try:
-        for batch in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+        if taken >= last:
+            keeper.close()
+        for batch in decoded.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=PREFETCHED):
             for blob in batch["block"]:
                 taken += 1
-                if taken == firsts[-1]:
+                if taken >= last:  # it holds the others, and gives none before it knows that there are no more
                     keeper.close()
                 keeper.allow(min(taken + ahead, firsts[-1]))
                 yield blob
