@@ -36,10 +36,14 @@ class Gate:
             self._limit = max(self._limit, limit)
             self._changed.notify_all()
 
-    async def close(self) -> None:
-        """Send home whoever would have to wait."""
+    async def close(self, limit: int) -> None:
+        """Send home whoever would have to wait.
+
+        Args:
+            limit: The last one. Ray gives an actor of this kind its calls in any order, so ``allow`` may come later.
+        """
         async with self._changed:
-            self._closed = True
+            self._limit, self._closed = max(self._limit, limit), True
             self._changed.notify_all()
 
     async def passes(self, place: int) -> bool:
@@ -75,13 +79,12 @@ class GateKeeper:
         if not self._closed:
             self._closed = True
             with contextlib.suppress(Exception):  # Ray may be gone, and whatever ended it is the error to tell of
-                self.actor.close.remote()
+                self.actor.close.remote(self._limit)
 
     def repeat(self) -> None:
         """Say once more what was said."""
-        self.actor.allow.remote(self._limit)
-        if self._closed:
-            self.actor.close.remote()
+        say = self.actor.close if self._closed else self.actor.allow
+        say.remote(self._limit)
 
 
 def _repeat(keeper: weakref.ref[GateKeeper]) -> None:

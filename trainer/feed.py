@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pyarrow as pa
 
 from common import errors
-from common.errors import MmkdError
+from common.errors import MmkdError, TrainError
 from common.gate import Gate, GateKeeper, gate_options
 from trainer.data import Batch, TrainData, block_bytes, decode_block, read_blocks, rows_per_block, split_batches
 from trainer.order import Segment, worker_lanes
@@ -147,6 +147,11 @@ def _stream(
                     keeper.close()
                 keeper.allow(min(taken + ahead, firsts[-1]))
                 yield blob
+        if taken < firsts[-1]:
+            raise TrainError(
+                f"The stream of batches ended after {taken} of {firsts[-1]} blocks. Run the same command again to go on "
+                "from the last checkpoint; if it comes again, it is a mistake in mmkd."
+            )
     finally:
         keeper.close()
 
