@@ -149,8 +149,8 @@ def _stream(
                 yield blob
         if taken < firsts[-1]:
             raise TrainError(
-                f"The stream of batches ended after {taken} of {firsts[-1]} blocks. Run the same command again to go on "
-                "from the last checkpoint; if it comes again, it is a mistake in mmkd."
+                f"The stream of batches ended after {taken} of {firsts[-1]} blocks. Run the same command again to go "
+                "on from the last checkpoint; if it comes again, it is a mistake in mmkd."
             )
     finally:
         keeper.close()
