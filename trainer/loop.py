@@ -58,7 +58,8 @@ class StepReport:
         lr: Learning rate.
         batch: This rank's share.
         wait_seconds: Time this step waited for its batch.
-        seconds: Time of the whole step, waiting included; on a GPU, until it was handed over.
+        seconds: Time of the whole step, waiting included. On a GPU, until it was handed over, and what was waited for
+            steps before it; together they are the device's time once a step is settled.
     """
 
     def __init__(
@@ -78,6 +79,12 @@ class StepReport:
     @cached_property
     def _values(self) -> dict[str, float]:
         return self._numbers.fetch()
+
+    def settle(self) -> None:
+        """Wait until the step is over, and count that as its time: before a row with a rate is written."""
+        started = time.perf_counter()
+        _ = self._values
+        self.seconds += time.perf_counter() - started
 
     @property
     def terms(self) -> dict[str, float]:
@@ -158,11 +165,11 @@ def train(
         del terms  # it holds the whole graph
         step_if(optimizer, is_finite)
         objective.after_step(is_finite)
-        seconds = time.perf_counter() - started + wait_seconds
-        report = StepReport(step + 1, step // plan.steps_per_epoch, numbers, rate, batch, wait_seconds, seconds)
+        report = StepReport(step + 1, step // plan.steps_per_epoch, numbers, rate, batch, wait_seconds, 0.0)
         watch.add(report)
         if step + 1 == plan.total_steps:
             watch.finish()  # before the last checkpoint is saved, by which the run counts as finished
+        report.seconds = time.perf_counter() - started + wait_seconds
         yield report
 
 

@@ -84,6 +84,7 @@ def run_job(job: Job, data_ref: ray.ObjectRef, run: Storage) -> None:
             # A collective: all workers take part, the first one writes.
             seen = None
             if logs:
+                report.settle()
                 digests = np.stack([report.batch.place_B, digest_rows(report.batch)], axis=1)
                 seen = gather_constant(torch.from_numpy(digests).to(device)).cpu().numpy()
             if recorder is not None:
