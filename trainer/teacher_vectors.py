@@ -169,7 +169,7 @@ class EmbeddingQueue(nn.Module):
         student: StudentOutput,
         teachers: Mapping[str, TeacherBatch],
         places_N: torch.Tensor,
-        wanted: torch.Tensor | None = None,
+        wanted: torch.Tensor,
     ) -> None:
         """Put a batch's rows in front, and forget the oldest.
 
@@ -186,12 +186,12 @@ class EmbeddingQueue(nn.Module):
             for part, side in zip(one, QUEUED, strict=True):
                 self._push(f"{side}_{self.teachers.index(name)}", part, wanted)
         filled = (self.filled + len(student.image_BD)).clamp(max=self.length)
-        self.filled.copy_(filled if wanted is None else torch.where(wanted, filled, self.filled))
+        self.filled.copy_(torch.where(wanted, filled, self.filled))
 
-    def _push(self, name: str, rows: torch.Tensor, wanted: torch.Tensor | None) -> None:
+    def _push(self, name: str, rows: torch.Tensor, wanted: torch.Tensor) -> None:
         buffer = self.get_buffer(name)
         pushed = torch.cat([rows.detach().to(buffer.dtype), buffer])[: self.length]
-        buffer.copy_(pushed if wanted is None else torch.where(wanted, pushed, buffer))
+        buffer.copy_(torch.where(wanted, pushed, buffer))
 
 
 QUEUED = ("image", "text", "image_mask", "text_mask")

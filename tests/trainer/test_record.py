@@ -1,5 +1,7 @@
 """What the progress line says of a step."""
 
+import time
+
 import numpy as np
 import torch
 
@@ -24,3 +26,17 @@ def test_the_pace_is_of_all_steps_so_far():
     pace.add(report(1.0, 0.1), 64)
     pace.add(report(3.0, 0.3), 64)
     assert pace.describe() == "; 32 samples/s, 10% of the time waiting for data"
+
+
+def test_what_is_waited_for_a_step_at_a_row_of_the_log_is_its_time():
+    class Late(StepNumbers):
+        def fetch(self):
+            time.sleep(0.05)
+            return super().fetch()
+
+    late = StepReport(1, 0, Late(["total", "grad_norm"], [torch.tensor(1.0)] * 2), 0.1, np.zeros(1), 0.0, 1.0)
+    late.settle()
+    once = late.seconds
+    assert once >= 1.05
+    late.settle()
+    assert late.seconds - once < 0.05
