@@ -13,6 +13,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -82,7 +84,7 @@ class Bench:
                         tar.addfile(member, io.BytesIO(data))
         return job
 
-    def run_peer(self, job: Job, model: int = 0, kill_when: object = None) -> WholeRun:
+    def run_peer(self, job: Job, model: int = 0, kill_when: Callable[[], bool] | None = None) -> WholeRun:
         """clip-retrieval, one model. With fewer tars in a partition than workers it hangs, hence one partition."""
         shutil.rmtree(self.folder / "peer-out", ignore_errors=True)
         last = job.rows // SHARD_ROWS - 1
@@ -100,7 +102,9 @@ class Bench:
             command += [f"--{name}", value]
         return run_whole(command, {"HF_HUB_OFFLINE": "1"}, kill_when)
 
-    def run_mmkd(self, job: Job, models: int = 1, anew: bool = True, kill_when: object = None) -> WholeRun:
+    def run_mmkd(
+        self, job: Job, models: int = 1, anew: bool = True, kill_when: Callable[[], bool] | None = None
+    ) -> WholeRun:
         """``mmkd extract`` as a user would type it."""
         for left in ("features", "runs", "rejects", "leases") if anew else ():
             shutil.rmtree(job.lake / left, ignore_errors=True)
@@ -204,13 +208,20 @@ def show_faults(bench: Bench, options: argparse.Namespace) -> None:
     print(f"  mmkd: status {ours.status}, {len(bench.mmkd_vectors(spoiled))} vectors, {rejects} rows in rejects/")
     whole = bench.write_job("killed", jpegs, options.large)
     shards = options.large // SHARD_ROWS
-    stored = lambda: len(list((whole.lake / "features").glob("teacher=model0/shard-*.parquet"))) >= shards // 2  # noqa: E731
-    bench.run_mmkd(whole, kill_when=stored)
+
+    def half_is_stored() -> bool:
+        return len(list((whole.lake / "features").glob("teacher=model0/shard-*.parquet"))) >= shards // 2
+
+    bench.run_mmkd(whole, kill_when=half_is_stored)
     kept = len(bench.mmkd_vectors(whole))
     resumed = insist(bench.run_mmkd(whole, anew=False))
     print(f"killed at half of {options.large} rows:")
     print(f"  mmkd: {kept} rows were kept; the same command did the rest in {resumed.seconds:.0f} s")
-    print("  clip-retrieval: a partition is written at its end; of one partition nothing is kept")
+    half = insist(bench.run_peer(whole)).seconds / 2
+    begun = time.perf_counter()
+    bench.run_peer(whole, kill_when=lambda: time.perf_counter() - begun > half)
+    left = len(list((bench.folder / "peer-out").rglob("*.npy")))
+    print(f"  clip-retrieval: {left} files of vectors were left after half of its time")
 
 
 def _rejects(job: Job) -> list:

@@ -200,7 +200,9 @@ def measure_training(options: argparse.Namespace, folder: Path) -> tuple[list[Co
     comparisons = []
     for stage in ("stage 1", "stage 2"):
         given = batch if stage == "stage 2" else replace(batch, teachers={})
-        comparison = Comparison(f"a step of {stage}, ViT-B/16, {len(WIDTHS)} teachers", "samples/s", TARGET)
+        said = f"{stage}, {len(WIDTHS)} teachers" if given.teachers else stage
+        size = "a tiny student" if options.small else "ViT-B/16"
+        comparison = Comparison(f"a step of {said}, {size}", "samples/s", TARGET)
         ways = {"on the device already": "bare", "compiled": "compiled", "the loop": "loop"}
         rates = {name: partial(step_rate, architecture, given, way, options) for name, way in ways.items()}
         in_turn(options.runs, {name: partial(_add, comparison, name, rate) for name, rate in rates.items()})

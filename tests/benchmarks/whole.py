@@ -3,8 +3,10 @@
 import contextlib
 import os
 import subprocess
+import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,17 +33,16 @@ class WholeRun:
 
 
 def run_whole(
-    command: list[str], environment: dict[str, str] | None = None, kill_when: object = None, memory: bool = True
+    command: list[str], environment: dict[str, str] | None = None, kill_when: Callable[[], bool] | None = None
 ) -> WholeRun:
     """Run a command to its end and watch it.
 
     Args:
         command: What to run.
         environment: Beside that of this process.
-        kill_when: A function; when it gives true, the command is killed with all its processes.
-        memory: Whether to look at it, which costs the kernel milliseconds a process.
+        kill_when: When it gives true, the command is killed with all its processes.
     """
-    log = Path(os.environ.get("TMPDIR", "/tmp")) / f"mmkd-bench-{os.getpid()}-{time.monotonic_ns()}.log"  # noqa: S108
+    log = Path(tempfile.gettempdir()) / f"mmkd-bench-{os.getpid()}-{time.monotonic_ns()}.log"
     started = time.perf_counter()
     used: dict[psutil.Process, float] = {}
     peak, over = 0.0, threading.Event()
@@ -57,13 +58,12 @@ def run_whole(
                 peak = max(peak, _pss(root))
 
         watcher = threading.Thread(target=look_at_memory, daemon=True)
-        if memory:
-            watcher.start()
+        watcher.start()
         try:
             while process.poll() is None:
                 _note_cpu(root, used)
-                if callable(kill_when) and kill_when():
-                    for one in [*_tree(root)[::-1]]:
+                if kill_when is not None and kill_when():
+                    for one in reversed(_tree(root)):
                         with contextlib.suppress(psutil.NoSuchProcess):
                             one.kill()
                 time.sleep(CPU_LOOK_SECONDS)
