@@ -84,10 +84,11 @@ class HardwareConfig(StrictModel):
     shards_in_flight: PositiveInt | None = Field(
         None, description="Prepared shards in memory at once; None: two for each actor of the largest teacher."
     )
-    share_process: bool = Field(
-        False,
+    share_process: bool | None = Field(
+        None,
         description="Teachers without a GPU that are placed alike share a process and take turns: half a GiB less for "
-        "each. Should it die, all of them lose the shards at work, and go on in processes of their own.",
+        "each. Should it die, all of them lose the shards at work, and go on in processes of their own. None: where "
+        "each would have fewer than four cores.",
     )
     threads: int = Field(0, ge=0, description="torch threads per actor on a CPU; 0 shares the cores out.")
 

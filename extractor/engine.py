@@ -39,6 +39,8 @@ from extractor.writing import WriteOrder
 POLL_SECONDS = 0.05
 CALM_SECONDS = 0.25
 """Likewise while no further shard is wanted: what happens to those that are at work ends the wait anyway."""
+ROOMY_CORES = 4
+"""With so many cores for each teacher its process may have its own torch; with fewer, memory is short as a rule, too."""
 MAX_ROUNDS = 3
 """So often in a row may shards be lost with their machines before the run gives up."""
 
@@ -194,16 +196,15 @@ class Engine:
 
     def _start(self, placements: dict[str, TeacherPlacement]) -> dict[str, TeacherPool]:
         share = self.config.hardware.share_process
-        together, alone = (self._arguments(placements, shared) for shared in (share, False))
-        return start_pools(placements, self.kind, together, lambda: self.stop.asked, share, alone)
+        if share is None:
+            alone = _core_share(placements, False)
+            share = alone.cpus // alone.teachers < ROOMY_CORES
+        together, apart = (self._arguments(placements, _core_share(placements, shared)) for shared in (share, False))
+        return start_pools(placements, self.kind, together, lambda: self.stop.asked, share, apart)
 
-    def _arguments(self, placements: dict[str, TeacherPlacement], share: bool) -> dict[str, tuple[Any, ...]]:
-        """Teacher -> arguments of its constructor, whose threads depend on how many processes share the cores."""
-        processes = sum(placements[names[0]].actors for names in group_teachers(placements, share))
-        machines = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-        cpus = int(min((node["Resources"]["CPU"] for node in machines), default=1))
-        each = -(-processes // max(1, len(machines)))
-        threads = self.config.hardware.threads or CoreShare(max(1, cpus), each)
+    def _arguments(self, placements: dict[str, TeacherPlacement], share: CoreShare) -> dict[str, tuple[Any, ...]]:
+        """Teacher -> arguments of its constructor."""
+        threads = self.config.hardware.threads or share
         return {
             name: (self.inputs[name], "auto", placement.micro_batch or self.config.micro_batch, threads)
             for name, placement in placements.items()
@@ -249,6 +250,14 @@ class Engine:
             dict(report.rejects) or "none",
         )
         logger.info("extract: the account is in %s/runs/%s", self.lake.uri, report.run)
+
+
+def _core_share(placements: Mapping[str, TeacherPlacement], share: bool) -> CoreShare:
+    """What each process may use of the smallest machine, when teachers share processes or do not."""
+    processes = sum(placements[names[0]].actors for names in group_teachers(placements, share))
+    machines = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    cpus = int(min((node["Resources"]["CPU"] for node in machines), default=1))
+    return CoreShare(max(1, cpus), max(1, -(-processes // max(1, len(machines)))))
 
 
 def _spare_cpus() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -30,6 +31,16 @@ MOST_LANES = 4
 """Each needs the working memory of a pass."""
 _STAGES = 2
 """Pinned buffers: one is filled while the other is being copied to the GPU."""
+
+
+@functools.cache
+def lanes_of(threads: int) -> ThreadPoolExecutor:
+    """The lanes among which a process splits its threads, whatever models it holds: each keeps memory of its own."""
+    lanes = min(threads, MOST_LANES)
+    # Threads that are left over go to the first lanes, one each.
+    each = [threads // lanes + (lane < threads % lanes) for lane in range(lanes)]
+    shares = iter(each)
+    return ThreadPoolExecutor(lanes, "mmkd-lane", lambda: torch.set_num_threads(next(shares, each[-1])))
 
 
 class MicroBatches:
@@ -65,15 +76,8 @@ class MicroBatches:
         self.on_gpu = device.startswith("cuda")
         self.autocast = autocast if self.on_gpu else None
         self._copies = torch.cuda.Stream(device) if self.on_gpu else None
-        self._lanes: ThreadPoolExecutor | None = None
         self._lane_count = 1 if self.on_gpu else min(threads, MOST_LANES)
-        if self._lane_count > 1:
-            # Threads that are left over go to the first lanes, one each.
-            each = [threads // self._lane_count + (lane < threads % self._lane_count) for lane in range(MOST_LANES)]
-            shares = iter(each)
-            self._lanes = ThreadPoolExecutor(
-                self._lane_count, "mmkd-lane", lambda: torch.set_num_threads(next(shares, each[-1]))
-            )
+        self._lanes = lanes_of(threads) if self._lane_count > 1 else None
 
     @torch.inference_mode()
     def run(self, tower: Tower, inputs: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # families are imported for their tokenizers alone, too
 
 PICTURES_AT_ONCE = 2
 """So many are standardised together on a CPU: they fit into a core's cache."""
+_OF_THREAD = threading.local()
+"""``floats``: where a thread's last batch was standardised, for whatever model comes next."""
 
 
 class Encoder(ABC):
@@ -47,7 +49,6 @@ class Encoder(ABC):
         self.description = description
         self.logit_scale = None if log_scale is None else float(torch.as_tensor(log_scale).detach().exp().mean())
         self._load_tokenizer = tokenizer
-        self._own = threading.local()
         channels = description.geometry.channels
         self._mean = torch.tensor(description.mean[:channels]).view(1, channels, 1, 1) * 255
         self._std = torch.tensor(description.std[:channels]).view(1, channels, 1, 1) * 255
@@ -90,14 +91,15 @@ class Encoder(ABC):
         planes_BCHW = pixels_BHWC.permute(0, 3, 1, 2)
         if pixels_BHWC.device.type != "cpu":
             return planes_BCHW.contiguous().float().sub_(self._mean).div_(self._std)
-        kept = getattr(self._own, "planes", None)
-        if kept is None or len(kept) < len(planes_BCHW) or kept.shape[1:] != planes_BCHW.shape[1:]:
+        kept = getattr(_OF_THREAD, "floats", None)
+        if kept is None or len(kept) < planes_BCHW.numel():
             with torch.inference_mode(False):  # a tensor made in that mode could not be filled outside of it
-                self._own.planes = kept = torch.empty(planes_BCHW.shape, dtype=torch.float32)
+                _OF_THREAD.floats = kept = torch.empty(planes_BCHW.numel(), dtype=torch.float32)
+        floats_BCHW = kept[: planes_BCHW.numel()].view(planes_BCHW.shape)
         for start in range(0, len(planes_BCHW), PICTURES_AT_ONCE):
             few_BCHW = planes_BCHW[start : start + PICTURES_AT_ONCE].contiguous().float().sub_(self._mean)
-            torch.div(few_BCHW, self._std, out=kept[start : start + len(few_BCHW)])
-        return kept[: len(planes_BCHW)]
+            torch.div(few_BCHW, self._std, out=floats_BCHW[start : start + len(few_BCHW)])
+        return floats_BCHW
 
     def encode_text(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """Int token ids [B, L] -> float32 [B, D], not normalised.

@@ -8,22 +8,18 @@ leases, the account and the check of every vector are in it.
 """
 
 import argparse
-import io
 import shutil
-import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from material import ROOT, SHORTEST, read_jpegs, sample_row, write_lake, write_teacher
+from material import ROOT, SHORTEST, read_jpegs, write_lake, write_tars, write_teacher
 from paired import Comparison, conclude, in_turn, parser, workplace
-from whole import GIB, WholeRun, run_whole
+from whole import GIB, WholeRun, insist, make_peer, run_whole
 
 PEER = "clip-retrieval==2.45.0"
 MODEL = "ViT-S-32-alt"
@@ -73,15 +69,7 @@ class Bench:
         made = [jpegs[row % len(jpegs)] for row in range(rows)]
         made = [data[: len(data) // 2] if row in spoiled else data for row, data in enumerate(made)]
         write_lake(job.lake, made, rows, SHARD_ROWS)
-        job.tars.mkdir()
-        for start in range(0, rows, SHARD_ROWS):
-            with tarfile.open(job.tars / f"{start // SHARD_ROWS:05d}.tar", "w") as tar:
-                for row in range(start, start + SHARD_ROWS):
-                    pair = sample_row(row, made[row])
-                    for suffix, data in (("jpg", pair["image"]), ("txt", pair["captions"][0].encode())):
-                        member = tarfile.TarInfo(f"{row:08d}.{suffix}")
-                        member.size = len(data)
-                        tar.addfile(member, io.BytesIO(data))
+        write_tars(job.tars, made, rows, SHARD_ROWS)
         return job
 
     def run_peer(self, job: Job, model: int = 0, kill_when: Callable[[], bool] | None = None) -> WholeRun:
@@ -132,24 +120,6 @@ class Bench:
             vectors = pq.read_table(file, columns=["image_embedding"])["image_embedding"].to_pylist()
             found |= {key: np.array(vector) for key, vector in zip(keys, vectors, strict=True) if vector is not None}
         return found
-
-
-def make_peer(place: Path) -> Path:
-    """clip-retrieval's environment, with the torch of ours; made once."""
-    if not (place / "bin" / "clip-retrieval").exists():
-        print(f"making {place} (about three minutes) ...", file=sys.stderr, flush=True)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
-        same = [f"{name}=={version(name)}" for name in ("torch", "torchvision", "pillow")]
-        pip = [str(place / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "setuptools<81", PEER, *same], check=True)
-    return place
-
-
-def insist(run: WholeRun) -> WholeRun:
-    """Refuse to measure what failed."""
-    if run.status:
-        raise SystemExit(f"{run.said[-4000:]}\nA command ended with status {run.status}.")
-    return run
 
 
 def measure_rates(bench: Bench, options: argparse.Namespace) -> tuple[list[Comparison], str]:
@@ -236,12 +206,10 @@ if __name__ == "__main__":
     arguments.add_argument("--large", type=int, default=3072, help="rows of the large job")
     arguments.add_argument("--workers", type=int, default=2, help="clip-retrieval's preprocessing workers")
     arguments.add_argument("--only", nargs="+", choices=["rate", "faults"], default=["rate", "faults"])
-    arguments.add_argument(
-        "--peer", type=Path, default=Path.home() / ".cache" / "mmkd-bench" / "clip-retrieval", help="its environment"
-    )
+    arguments.add_argument("--peer", type=Path, help="its environment (default: in the user's cache)")
     chosen = arguments.parse_args()
     with workplace(chosen) as place:
-        made = Bench(place, make_peer(chosen.peer), chosen.workers)
+        made = Bench(place, make_peer("clip-retrieval", [PEER], chosen.peer), chosen.workers)
         made.write_models()
         if "faults" in chosen.only:
             show_faults(made, chosen)

@@ -4,7 +4,9 @@ import hashlib
 import io
 import json
 import os
+import tarfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,7 +83,21 @@ def write_lake(folder: Path, jpegs: list[bytes], rows: int, shard_rows: int) -> 
     return str(folder)
 
 
-def sample_row(row: int, jpeg: bytes) -> dict[str, object]:
+def write_tars(folder: Path, jpegs: list[bytes], rows: int, tar_rows: int) -> Path:
+    """The same rows as WebDataset tars ``00000.tar`` and so on."""
+    folder.mkdir()
+    for start in range(0, rows, tar_rows):
+        with tarfile.open(folder / f"{start // tar_rows:05d}.tar", "w") as tar:
+            for row in range(start, min(start + tar_rows, rows)):
+                pair = sample_row(row, jpegs[row % len(jpegs)])
+                for suffix, data in (("jpg", pair["image"]), ("txt", pair["captions"][0].encode())):
+                    member = tarfile.TarInfo(f"{row:08d}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return folder
+
+
+def sample_row(row: int, jpeg: bytes) -> dict[str, Any]:
     """A row of pairs, as ingest would make it."""
     return {
         "sample_id": hashlib.sha256(str(row).encode()).hexdigest()[:32],

@@ -3,11 +3,13 @@
 import contextlib
 import os
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -75,6 +77,32 @@ def run_whole(
     log.unlink()
     seconds = time.perf_counter() - started
     return WholeRun(seconds, sum(used.values()), used.get(root, 0.0), peak, process.returncode, said)
+
+
+def insist(run: WholeRun) -> WholeRun:
+    """Refuse to measure what failed."""
+    if run.status:
+        raise SystemExit(f"{run.said[-4000:]}\nA command ended with status {run.status}.")
+    return run
+
+
+def make_peer(program: str, packages: list[str], place: Path | None = None) -> Path:
+    """An environment of its own for another program, with the torch and Pillow of ours; made once and kept.
+
+    Args:
+        program: Its name.
+        packages: What pip installs. Old releases need a setuptools that still has ``pkg_resources``.
+        place: Where; by default in the user's cache.
+    """
+    place = place or Path.home() / ".cache" / "mmkd-bench" / program
+    if not (place / "made").exists():
+        print(f"making {place} (about three minutes) ...", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(place)], check=True)
+        same = [f"{name}=={version(name)}" for name in ("torch", "torchvision", "pillow")]
+        pip = [str(place / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "setuptools<81", *packages, *same], check=True)
+        (place / "made").touch()
+    return place
 
 
 def _tree(root: psutil.Process) -> list[psutil.Process]:
