@@ -21,7 +21,7 @@ LOCK = f"{TEMPORARY}lock"
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
 
 
-def write(target: str, data: bytes) -> None:
+def write(target: str, data: bytes | memoryview) -> None:
     """Write a file, replacing one of the same name."""
     with _beside(target) as temporary:
         _fill(temporary, data)
@@ -108,7 +108,7 @@ def _locked(target: str) -> Iterator[None]:
         yield
 
 
-def _fill(path: str, data: bytes) -> None:
+def _fill(path: str, data: bytes | memoryview) -> None:
     with open(path, "wb") as stream:
         stream.write(data)
         stream.flush()

@@ -1,4 +1,4 @@
-"""A process as its own machine knows it, so that another process there can tell whether it still runs."""
+"""A process and its machine: the cores it may use, and a name by which others there tell whether it still runs."""
 
 from __future__ import annotations
 
@@ -34,6 +34,13 @@ class Process:
         state, started = _state(self.pid)
         # A zombie waits only for its parent to notice its end.
         return state in ("Z", "X") or (started is not None and started != self.started)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def this_process() -> Process:

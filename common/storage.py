@@ -8,7 +8,6 @@ this project never reads, keeps, logs or forwards them.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import uuid
@@ -30,6 +29,10 @@ from common.storage_errors import explained, without_secrets
 
 __all__ = ["ROW_GROUP_ROWS", "Storage", "Upload", "absolute_address", "without_secrets"]
 
+SAMPLED_PICTURES = 16
+"""So many tell whether a file's pictures are worth compressing."""
+WORTHWHILE = 0.95
+"""They are if no more than this share is left of them."""
 ROW_GROUP_ROWS = 20_000
 
 
@@ -98,7 +101,7 @@ class Storage:
         """The storage rooted at a folder below this one."""
         return Storage(f"{self.uri.rstrip('/')}/{relative}")
 
-    def write_bytes(self, relative: str, data: bytes) -> None:
+    def write_bytes(self, relative: str, data: bytes | memoryview) -> None:
         """Write a file that appears whole or not at all, replacing one of the same name.
 
         Locally: a temporary name in the same folder, then rename. Elsewhere: one upload, which object stores
@@ -109,7 +112,7 @@ class Storage:
             if self.is_local:
                 local_disk.write(target, data)
             else:
-                self.fs.pipe_file(target, data)
+                self.fs.pipe_file(target, bytes(data))
 
     def create(self, relative: str, data: bytes) -> bool:
         """Write a file, whole or not at all, unless there is one of that name: of several callers one succeeds.
@@ -309,7 +312,7 @@ class Storage:
             raise StorageError(f"{self.path(relative)} is not valid JSON: {error}") from error
 
     def write_table(self, relative: str, table: pa.Table, metadata: dict[str, str] | None = None) -> int:
-        """Write a Parquet file, whole or not at all: zstd, vectors split by byte, no dictionary for them.
+        """Write a Parquet file, whole or not at all: zstd (but see :func:`_compression`), vectors split by byte.
 
         Args:
             relative: Where.
@@ -321,21 +324,22 @@ class Storage:
         """
         if metadata:
             table = table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata})
-        floats = [path for field in table.schema for path in _float_leaves(field.name, field.type)]
+        leaves = {path: kind for field in table.schema for path, kind in _leaves(field.name, field.type)}
         low_cardinality = {"modality", "label", "source", "license", "split", "stage", "reason", "model"}
-        buffer = io.BytesIO()
+        stream = pa.BufferOutputStream()
         pq.write_table(
             table,
-            buffer,
-            compression="zstd",
+            stream,
+            compression={path: _compression(table, path) for path in leaves},
             use_dictionary=[name for name in table.column_names if name in low_cardinality],
-            use_byte_stream_split=floats,
+            use_byte_stream_split=[path for path, kind in leaves.items() if pa.types.is_floating(kind)],
             row_group_size=ROW_GROUP_ROWS,
             write_page_index=True,
             store_schema=True,
         )
-        self.write_bytes(relative, buffer.getvalue())
-        return buffer.tell()
+        written = stream.getvalue()
+        self.write_bytes(relative, memoryview(written))
+        return written.size
 
     def read_table(self, relative: str, columns: list[str] | None = None) -> pa.Table:
         """Read a Parquet file into memory.
@@ -356,8 +360,23 @@ class Storage:
         return footer.num_rows, {k.decode(): v.decode("utf-8", "replace") for k, v in pairs.items()}
 
 
-def _float_leaves(path: str, kind: pa.DataType) -> Iterator[str]:
-    if pa.types.is_floating(kind):
-        yield path
-    elif pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
-        yield from _float_leaves(f"{path}.list.element", kind.value_type)
+def _leaves(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
+    """Parquet's names of the columns that a field becomes, with what they hold."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        yield from _leaves(f"{path}.list.element", kind.value_type)
+    elif pa.types.is_struct(kind):
+        for field in kind:
+            yield from _leaves(f"{path}.{field.name}", field.type)
+    elif pa.types.is_map(kind):
+        yield from _leaves(f"{path}.key_value.key", kind.key_type)
+        yield from _leaves(f"{path}.key_value.value", kind.item_type)
+    else:
+        yield path, kind
+
+
+def _compression(table: pa.Table, path: str) -> str:
+    """Zstd, but for pictures of which it makes as much: JPEGs would cost time at each writing and reading."""
+    if path != "image":
+        return "zstd"
+    some = b"".join(value.as_py() or b"" for value in table[path][:SAMPLED_PICTURES])
+    return "none" if pa.Codec("zstd").compress(some).size > WORTHWHILE * len(some) else "zstd"

@@ -75,7 +75,7 @@ def commit(lake: Lake, ingest_id: str, staged: list[StagedPart], shard_rows: int
             todo.append({"shard": index, "pieces": pieces})
     progress = Progress("ingest: writing", len(plan), "shards")
     progress.advance(len(plan) - len(todo))
-    for _, counts in workers.run(todo, write_shard, lake, ingest_id, few=FEW_SHARDS):
+    for _, counts in workers.run(todo, write_shard, lake, ingest_id, few=FEW_SHARDS, threads=True):
         _count(done, counts)
         progress.advance(1)
     _write_rejects(lake, ingest_id, staged)

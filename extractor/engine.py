@@ -14,6 +14,7 @@ from common.errors import ClusterError, LeaseError, MmkdError, ModelError, Stopp
 from common.lake import Lake
 from common.lease import Leases
 from common.logs import duration, logger
+from common.processes import usable_cores
 from extractor.account.display import Display
 from extractor.account.metrics import Metrics
 from extractor.account.report import FAILED, FINISHED, RUNNING, STOPPED, RunReport
@@ -32,7 +33,7 @@ from extractor.prepare import Prepare, TeacherInput
 from extractor.sink import record_valid
 from extractor.stopping import StopSignals
 from extractor.stream import Feeder, PreparedShards
-from extractor.teachers import CoreShare, Teacher, usable_cores
+from extractor.teachers import CoreShare, Teacher
 from extractor.tending.ledger import Pairs
 from extractor.writing import WriteOrder
 
@@ -40,7 +41,7 @@ POLL_SECONDS = 0.05
 CALM_SECONDS = 0.25
 """Likewise while no further shard is wanted: what happens to those that are at work ends the wait anyway."""
 ROOMY_CORES = 4
-"""With so many cores for each teacher its process may have its own torch; with fewer, memory is short as a rule, too."""
+"""With so many cores for each teacher a process of its own pays; with fewer, memory is short as a rule, too."""
 MAX_ROUNDS = 3
 """So often in a row may shards be lost with their machines before the run gives up."""
 

@@ -32,7 +32,7 @@ from extractor.config import IngestConfig
 from extractor.sources import plan_sources
 from extractor.sources.addresses import identity_of, shown
 from extractor.sources.record import Part
-from extractor.staging import StagedPart, rejects_name, stage_part, staging_folder
+from extractor.staging import StagedPart, rejects_name, release_decoder, stage_part, staging_folder
 from extractor.tasks import Workers
 
 READ_THREADS = 16
@@ -147,10 +147,13 @@ def stage(lake: Lake, ingest_id: str, parts: list[Part], config: IngestConfig, w
     progress.advance(len(there))
     items = [{"index": index, "part": asdict(parts[index])} for index in todo]
     rows = sum(part.records for part in done.values())
-    for number, answer in workers.run(items, _stage_item, lake, ingest_id, config):
-        part = done[todo[number]] = StagedPart.from_json(answer)
-        rows += part.records
-        progress.advance(1, f"{rows} rows")
+    try:
+        for number, answer in workers.run(items, _stage_item, lake, ingest_id, config, threads=True):
+            part = done[todo[number]] = StagedPart.from_json(answer)
+            rows += part.records
+            progress.advance(1, f"{rows} rows")
+    finally:
+        release_decoder()  # in case this thread did it
     return [done[index] for index in range(len(parts))]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,11 +13,12 @@ import pyarrow as pa
 from common.lake import Lake
 from common.sandbox import SandboxedDecoder
 from common.schemas import PAIRS, REJECTS
-from common.seeding import rng
+from common.seeding import seed_of
 from extractor.config import IngestConfig
 from extractor.sources import read_part
 from extractor.sources.addresses import short_name
 from extractor.sources.record import Part, Record
+from extractor.tasks import insist_on_going
 
 DIGEST_BYTES = 16
 STAGED = PAIRS.append(pa.field("digest", pa.binary(DIGEST_BYTES), nullable=False))
@@ -25,6 +27,7 @@ FILE_ROWS = 1024
 FILE_BYTES = 64 << 20
 """A staged file is closed at either, so that a tar of any size passes through bounded memory."""
 MAX_DETAIL_CHARS = 500
+_OF_THREAD = threading.local()
 
 
 @dataclass
@@ -93,23 +96,22 @@ def stage_part(lake: Lake, ingest_id: str, index: int, part: Part, config: Inges
         pairs.clear()
         size = 0
 
-    with SandboxedDecoder(
-        config.limits.max_pixels, config.limits.max_seconds, config.limits.max_memory_mib, config.max_side
-    ) as decoder:
-        for record in read_part(part, config):
-            seen += 1
-            if record.filtered:
-                done.filtered += 1
-                continue
-            row, is_pair = judge(record, part, config, decoder)
-            if is_pair:
-                pairs.append(row)
-                size += len(row["image"])
-                if len(pairs) >= FILE_ROWS or size >= FILE_BYTES:
-                    flush()
-            else:
-                rejects.append(row)
-                done.reasons[row["reason"]] += 1
+    decoder = _decoder_of_thread(config)
+    for record in read_part(part, config):
+        insist_on_going()
+        seen += 1
+        if record.filtered:
+            done.filtered += 1
+            continue
+        row, is_pair = judge(record, part, config, decoder)
+        if is_pair:
+            pairs.append(row)
+            size += len(row["image"])
+            if len(pairs) >= FILE_ROWS or size >= FILE_BYTES:
+                flush()
+        else:
+            rejects.append(row)
+            done.reasons[row["reason"]] += 1
     if pairs:
         flush()
     if rejects:
@@ -118,6 +120,27 @@ def stage_part(lake: Lake, ingest_id: str, index: int, part: Part, config: Inges
     assert done.records == seen, f"{seen} records were read, {done.records} are accounted for"
     lake.storage.write_json(f"{staging_folder(ingest_id)}/{done.file_name(index)}", vars(done))
     return done
+
+
+def _decoder_of_thread(config: IngestConfig) -> SandboxedDecoder:
+    """The decoder of this thread's last part if that had the same limits: a child process takes a while to start."""
+    limits = config.limits
+    settings = (limits.max_pixels, limits.max_seconds, limits.max_memory_mib, config.max_side, config.min_contrast)
+    kept: tuple[object, SandboxedDecoder] | None = getattr(_OF_THREAD, "decoder", None)
+    if kept is not None and kept[0] == settings:
+        return kept[1]
+    release_decoder()
+    decoder = SandboxedDecoder(*settings)
+    _OF_THREAD.decoder = settings, decoder
+    return decoder
+
+
+def release_decoder() -> None:
+    """End the child process of this thread's decoder; it would end with the thread."""
+    kept: tuple[object, SandboxedDecoder] | None = getattr(_OF_THREAD, "decoder", None)
+    if kept is not None:
+        kept[1].close()
+        del _OF_THREAD.decoder
 
 
 def judge(record: Record, part: Part, config: IngestConfig, decoder: SandboxedDecoder) -> tuple[dict[str, Any], bool]:
@@ -163,7 +186,7 @@ def content_digest(sha256: str, captions: tuple[str, ...]) -> bytes:
 
 def split_of(sha256: str, config: IngestConfig) -> str:
     """The split of a picture whose source names none; by its content, so that copies never straddle splits."""
-    draw = rng("split", sha256).random()
+    draw = seed_of("split", sha256) / 2**64  # a generator for one number would take longer than everything else here
     if draw < config.test_fraction:
         return "test"
     return "val" if draw < config.test_fraction + config.val_fraction else "train"

@@ -1,18 +1,41 @@
-"""Many small tasks through Ray Data, whose answers are small rows; what a user can mend travels back as data."""
+"""Many small tasks, in this process or through Ray Data, whose answers are small rows.
+
+What a user can mend travels back as data.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
-from common.errors import MmkdError, SourceError, StorageError
+from common.errors import MmkdError, SourceError, StoppedError, StorageError
+from common.processes import usable_cores
 
 KINDS = {kind.__name__: kind for kind in (SourceError, StorageError)}
 """Errors that keep their class on the way back; others of ours become a StorageError with the same words."""
+
+MOST_THREADS = 4
+"""Threads of one process keep so many cores busy; of a larger machine Python's lock would leave some idle."""
+_OF_THREAD = threading.local()
+
+
+def insist_on_going() -> None:
+    """Between two rows of a long task: end it if whoever wanted its answer is gone.
+
+    Raises:
+        StoppedError: They are.
+    """
+    over = getattr(_OF_THREAD, "over", None)
+    if over is not None and over.is_set():
+        raise StoppedError("The run is over.")
 
 
 class Workers:
@@ -37,7 +60,7 @@ class Workers:
         return bool(self._entered.__exit__(kind, error, trace))
 
     def run(
-        self, items: list[Any], task: Callable[..., Any], *arguments: Any, few: int = 1
+        self, items: list[Any], task: Callable[..., Any], *arguments: Any, few: int = 1, threads: bool = False
     ) -> Iterator[tuple[int, Any]]:
         """Call ``task(item, *arguments)`` for each item, one CPU each.
 
@@ -47,6 +70,8 @@ class Workers:
             *arguments: The same for every call; small and picklable.
             few: No more items than these are done here, one after the other. A single task gains nothing by a cluster,
                 and starting one takes longer than most.
+            threads: The task leaves its work to libraries and children, and calls :func:`insist_on_going` now and then:
+                on a small machine that belongs to no cluster threads do it, and no Ray is started.
 
         Yields:
             Index of an item and its answer, in the order in which they are finished.
@@ -57,6 +82,8 @@ class Workers:
         rows = [{"index": index, "item": json.dumps(item)} for index, item in enumerate(items)]
         if not rows or (len(rows) <= few and not self._is_there):
             answers: Iterator[dict[str, Any]] = (_run_one(row, task, arguments) for row in rows)
+        elif threads and not self._is_there and not _has_cluster() and usable_cores() <= MOST_THREADS:
+            answers = _through_threads(rows, task, arguments)
         else:
             self._enter()
             answers = _through_ray(rows, task, arguments)
@@ -75,6 +102,30 @@ class Workers:
         if not self._is_there:
             self._entered.enter_context(self._session())
             self._is_there = True
+
+
+def _has_cluster() -> bool:
+    """Whether Ray is there already, or an address says where."""
+    ray = sys.modules.get("ray")
+    return bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized())
+
+
+def _through_threads(
+    rows: list[dict[str, Any]], task: Callable[..., Any], arguments: tuple[Any, ...]
+) -> Iterator[dict[str, Any]]:
+    over = threading.Event()
+
+    def run(row: dict[str, Any]) -> dict[str, Any]:
+        _OF_THREAD.over = over
+        return _run_one(row, task, arguments)
+
+    pool = ThreadPoolExecutor(usable_cores(), "mmkd-task")
+    try:
+        for future in as_completed([pool.submit(run, row) for row in rows]):
+            yield future.result()
+    finally:
+        over.set()
+        pool.shutdown(cancel_futures=True)
 
 
 def _through_ray(

@@ -16,6 +16,7 @@ from common.config import differing_keys
 from common.errors import ModelError
 from common.models.load import load_model
 from common.parquet_reading import single_chunk
+from common.processes import usable_cores
 from common.schemas import features_schema, vector_type
 from extractor.events import EmbedFacts
 from extractor.prepare import KILLS, SECONDS, VIEW_BOXES, TeacherInput, restrict_like, rows_of
@@ -57,13 +58,6 @@ class CoreShare:
         four threads on two cores was twenty times slower than with two.
         """
         return max(1, min(self.cpus, usable_cores()) // self.teachers)
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class Teacher:

@@ -34,6 +34,8 @@ from extractor.sources.record import (
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "jp2", "avif")
 MAX_JSON_BYTES = 64 << 20  # BIOMEDICA's hold whole articles
+READ_BYTES = 1 << 16
+"""At once, about a picture: of less it is put together from pieces, of more what is left over is copied each time."""
 _UMBRELLAS = ("clinical imaging", "microscopy")
 _MODALITIES = {
     "computerized tomography": "CT",
@@ -72,7 +74,7 @@ def _samples(stream: Any, max_bytes: int) -> Iterator[tuple[str, Members]]:
     members: Members = {}
     name = ""
     try:
-        with tarfile.open(fileobj=stream, mode="r|*") as tar:
+        with tarfile.open(fileobj=stream, mode="r|*", bufsize=READ_BYTES) as tar:
             for member in tar:
                 # Streaming keeps every header it has seen; a tar of a million members would fill the memory.
                 tar.members = []  # type: ignore[attr-defined]  # there since ever, missing in the stubs

@@ -41,7 +41,7 @@ class Bench:
 
     def mmkd(self, source: Path) -> WholeRun:
         """``mmkd ingest`` as a user would type it."""
-        command = [sys.executable, "-m", "cluster.cli", "ingest", str(source), "--lake", str(self._place())]
+        command = [sys.executable, "-m", "cluster.cli", "ingest", str(source), str(self._place())]
         return insist(run_whole(command, {"PYTHONPATH": str(ROOT)}))
 
     def ray(self) -> WholeRun:

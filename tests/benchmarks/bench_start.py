@@ -1,4 +1,4 @@
-"""How soon the first shard is stored, and what a resume costs that has nothing to do.
+"""How soon the first shard is stored, and what a command and a resume cost that have nothing to do.
 
     python tests/benchmarks/bench_start.py [--runs N] [--shards N] [--record]
 
@@ -18,10 +18,12 @@ from pathlib import Path
 
 from material import ROOT, first_shards, read_jpegs, write_lake, write_tiny_teachers
 from paired import Comparison, conclude, in_turn, parser, run_way, workplace
+from whole import insist, run_whole
 
 SHARD_ROWS = 256
 SHARDS = 4
 LOOK_SECONDS = 0.02
+START_TARGET, NOTHING_TARGET = 1.3, 2.0
 
 
 def first_shard_by_command(lake: str, teachers: list[str]) -> float:
@@ -44,6 +46,12 @@ def first_shard_by_command(lake: str, teachers: list[str]) -> float:
     if process.returncode:
         sys.exit(f"mmkd extract {lake} ended with status {process.returncode}; run it by hand to see why.")
     return seconds or time.perf_counter() - started
+
+
+def command(*arguments: str) -> float:
+    """Seconds of a whole command of mmkd."""
+    known = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return insist(run_whole([sys.executable, "-m", "cluster.cli", *arguments], known)).seconds
 
 
 def first_shard_by_hand(lake: str, teachers: list[str]) -> float:
@@ -115,13 +123,14 @@ def listing(lake: str, teacher: str) -> float:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Comparison], str]:
-    """Both comparisons."""
+    """All comparisons."""
     jpegs = read_jpegs(options.data)
     teachers = write_tiny_teachers(folder, 2)
     lake = write_lake(folder / "lake", jpegs, SHARDS * SHARD_ROWS, SHARD_ROWS)
     one_shard = first_shards(lake, folder / "one-shard", 1)
     finished = write_finished_lake(folder / "finished", jpegs, options.shards, teachers[0])
-    start = Comparison("start to the first stored shard", "seconds")
+    start = Comparison("start to the first stored shard", "seconds", START_TARGET, at_most=True)
+    nothing = Comparison("extract with nothing to do against verify", "seconds", NOTHING_TARGET, at_most=True)
     again = Comparison(f"resume with nothing to do, {options.shards} shards", "seconds")
     ways = {
         "by hand, not stored": lambda: first_shard_by_hand(one_shard, teachers),
@@ -129,12 +138,17 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[Comparison]
     }
     in_turn(options.runs, {way: partial(_add, start, way, measured) for way, measured in ways.items()})
     ways = {
+        "verify": lambda: command("verify", lake),
+        "extract": lambda: command("extract", lake, "--teachers", ",".join(teachers)),
+    }
+    in_turn(options.runs, {way: partial(_add, nothing, way, measured) for way, measured in ways.items()})
+    ways = {
         "bare listing": lambda: listing(finished, teachers[0]),
         "resume without ledgers": lambda: resume(finished, teachers[0], trust=False),
         "resume": lambda: resume(finished, teachers[0], trust=True),
     }
     in_turn(options.runs, {way: partial(_add, again, way, measured) for way, measured in ways.items()})
-    return [start, again], f"2 tiny teachers, shards of {SHARD_ROWS}; resume: 1 teacher, local disk"
+    return [start, nothing, again], f"2 tiny teachers, shards of {SHARD_ROWS}; resume: 1 teacher, local disk"
 
 
 def _add(comparison: Comparison, way: str, measured: object) -> None:
