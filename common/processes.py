@@ -43,6 +43,15 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+FEW_CORES = 4
+"""Threads of one process keep so many busy; of a larger machine Python's lock would leave some idle."""
+
+
+def has_few_cores() -> bool:
+    """Whether threads of this process do what further processes would do elsewhere."""
+    return usable_cores() <= FEW_CORES
+
+
 def this_process() -> Process:
     """The calling process."""
     return Process(_machine(), os.getpid(), _state(os.getpid())[1] or 0)

@@ -1,7 +1,7 @@
 """Prepared shards to every teacher at once, embeddings to files; whoever dies, each file is written once.
 
 The driver holds references, never pixels: a prepared shard lies in the object store, every teacher reads the same copy,
-and a file is encoded and stored by a small CPU task beside the embeddings.
+and a file is encoded and stored by :class:`extractor.writers.Writers`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from common.errors import LakeError, MmkdError, ModelError, StorageError
 from common.logs import duration, logger
 from extractor.events import EmbedFacts, FileDone
 from extractor.pools import PATIENCE_SECONDS, Job, Seat, TeacherPool, last_line
-from extractor.writing import WriteOrder, write_file
+from extractor.writers import Handle, Writers, wait_for_any
+from extractor.writing import WriteOrder
 
 MAX_ATTEMPTS = 3
 """A shard that so many processes of a teacher did not survive is that teacher's end."""
@@ -25,9 +26,6 @@ FEW_REJECTS = 10
 """So many bad rows never stop a teacher by themselves."""
 LONG_SECONDS = 600.0
 """A shard that takes longer is worth a line."""
-LAST_WRITE_SECONDS = 10.0
-WRITER_CPUS = 0.25
-"""A writer mostly waits for storage."""
 
 
 class Dispatcher:
@@ -56,11 +54,11 @@ class Dispatcher:
         self._open: dict[int, set[str]] = {}
         """Shard -> teachers that have not finished it."""
         self._embedding: dict[Any, tuple[Job, Seat, Any]] = {}
-        self._writing: dict[Any, tuple[Job, EmbedFacts]] = {}
+        self._writing: dict[Handle, tuple[Job, EmbedFacts]] = {}
         self._micro_batches: dict[tuple[str, str], int] = {}
         self._kills_noted: set[int] = set()
         self._said = time.monotonic()
-        self._write: Any = ray.remote(write_file).options(num_cpus=WRITER_CPUS, max_retries=5)
+        self._writers = Writers()
 
     @property
     def in_flight(self) -> int:
@@ -92,15 +90,11 @@ class Dispatcher:
             LeaseError: Another run has taken over.
         """
         loading = {ref: pool for pool in self.pools.values() for ref in pool.waiting}
-        references = [*loading, *self._embedding, *self._writing]
-        if not references:
+        if not (loading or self._embedding or self._writing):
             time.sleep(timeout)
             return []
-        ready, _ = ray.wait(references, timeout=timeout, fetch_local=False)
-        if ready:
-            ready, _ = ray.wait(references, num_returns=len(references), timeout=0, fetch_local=False)
         events: list[FileDone] = []
-        for reference in ready:
+        for reference in wait_for_any([*loading, *self._embedding], self._writing, timeout):
             if reference in loading:
                 self._seated(loading[reference], reference, events)
             elif reference in self._embedding:
@@ -136,10 +130,7 @@ class Dispatcher:
         for pool in self.pools.values():
             pool.close()
         writing, self._writing = list(self._writing), {}
-        for reference in writing:
-            ray.cancel(reference)
-        if writing:
-            ray.wait(writing, num_returns=len(writing), timeout=LAST_WRITE_SECONDS, fetch_local=False)
+        self._writers.close(writing)
 
     def _seat_jobs(self) -> None:
         for pool in self.pools.values():
@@ -188,20 +179,17 @@ class Dispatcher:
             pool.fail(reason)
             self._give_up(pool, events)
             return
-        reference = self._write.remote(self.order, job.teacher, job.shard, features, facts.rejects)
-        self._writing[reference] = (job, facts)
+        handle = self._writers.begin(self.order, job.teacher, job.shard, features, facts.rejects)
+        self._writing[handle] = (job, facts)
 
-    def _written(self, job: Job, facts: EmbedFacts, reference: Any, events: list[FileDone]) -> None:
+    def _written(self, job: Job, facts: EmbedFacts, handle: Handle, events: list[FileDone]) -> None:
         try:
-            size, seconds = ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error, MmkdError):
-                raise  # storage is gone, or the lake is another run's
-            if isinstance(error, FileNotFoundError):
-                raise StorageError(f"{self.order.lake_uri} is not there any more: {last_line(error)}") from error
-            self._again(job, None, last_line(error), events)
-            return
-        except ray.exceptions.RayError as error:  # the embeddings were lost with their node
+            size, seconds = self._writers.result(handle)
+        except MmkdError:  # storage is gone, or the lake is another run's
+            raise
+        except FileNotFoundError as error:
+            raise StorageError(f"{self.order.lake_uri} is not there any more: {last_line(error)}") from error
+        except Exception as error:  # noqa: BLE001 - lost with a machine, or a disk that fails now and then
             self._again(job, None, last_line(error), events)
             return
         self._close_job(job.shard, job.teacher)

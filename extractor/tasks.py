@@ -17,13 +17,11 @@ from types import TracebackType
 from typing import Any
 
 from common.errors import MmkdError, SourceError, StoppedError, StorageError
-from common.processes import usable_cores
+from common.processes import has_few_cores, usable_cores
 
 KINDS = {kind.__name__: kind for kind in (SourceError, StorageError)}
 """Errors that keep their class on the way back; others of ours become a StorageError with the same words."""
 
-MOST_THREADS = 4
-"""Threads of one process keep so many cores busy; of a larger machine Python's lock would leave some idle."""
 _OF_THREAD = threading.local()
 
 
@@ -82,7 +80,7 @@ class Workers:
         rows = [{"index": index, "item": json.dumps(item)} for index, item in enumerate(items)]
         if not rows or (len(rows) <= few and not self._is_there):
             answers: Iterator[dict[str, Any]] = (_run_one(row, task, arguments) for row in rows)
-        elif threads and not self._is_there and not _has_cluster() and usable_cores() <= MOST_THREADS:
+        elif threads and not self._is_there and not _has_cluster() and has_few_cores():
             answers = _through_threads(rows, task, arguments)
         else:
             self._enter()

@@ -55,6 +55,17 @@ def test_a_good_picture_is_measured_and_a_bad_one_has_a_reason(decoder):
     assert decoder.check(b"").reason == "empty file"
 
 
+def test_no_more_of_the_contrast_is_measured_than_is_enough():
+    striped = Image.new("RGB", (9, 9), (7, 7, 7))
+    striped.putpixel((4, 4), (7, 20, 7))  # the row in the middle
+    striped.putpixel((0, 0), (7, 7, 250))
+    stream = io.BytesIO()
+    striped.save(stream, "PNG")
+    for enough, contrast in ((13, 13), (14, 243), (256, 243)):
+        with SandboxedDecoder(enough_contrast=enough) as decoder:
+            assert decoder.check(stream.getvalue()).contrast == contrast
+
+
 def test_one_child_serves_many_pictures_until_it_is_killed(decoder):
     decoder.check(png(8, 8))
     first = decoder.pid
@@ -154,7 +165,7 @@ def test_a_child_that_hangs_without_a_parent_is_ended_by_its_alarm():
     # A decoder that never returns, in the child's own loop: only the kernel's alarm can end it.
     program = (
         "import sys, time\nfrom common import sandbox\nsandbox.ALARM_GRACE_SECONDS = 0.2\n"
-        "sandbox._answer = lambda *_: time.sleep(600)\nsandbox._serve(100, 0.2, 3072, 0)"
+        "sandbox._answer = lambda *_: time.sleep(600)\nsandbox._serve(100, 0.2, 3072, 0, 256)"
     )
     child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     child.stdin.write(sandbox.REQUEST.pack(1) + b"x")

@@ -81,6 +81,19 @@ def test_vectors_are_split_by_byte_without_dictionary(tmp_path):
     assert column.compression == "ZSTD"
 
 
+@pytest.mark.parametrize(("picture", "expected"), [(os.urandom, "UNCOMPRESSED"), (bytes, "ZSTD")])
+def test_pictures_are_compressed_where_that_makes_them_smaller(tmp_path, picture, expected):
+    table = pa.table(
+        {"image": [picture(5000), None, picture(5000)], "n": [1, 2, 3], "s": [{"a": 1, "b": [{"c": 2.0}]}] * 3}
+    )
+    Storage(str(tmp_path)).write_table("t.parquet", table)
+    group = pq.read_metadata(tmp_path / "t.parquet").row_group(0)
+    found = {group.column(place).path_in_schema: group.column(place).compression for place in range(group.num_columns)}
+    assert found.pop("image") == expected
+    assert found == dict.fromkeys(["n", "s.a", "s.b.list.element.c"], "ZSTD")
+    assert pq.read_table(tmp_path / "t.parquet").equals(table)
+
+
 def test_a_torn_file_is_a_storage_error(storage):
     storage.write_bytes("torn.parquet", b"PAR1 and then nothing")
     with pytest.raises(StorageError, match=r"torn\.parquet"):

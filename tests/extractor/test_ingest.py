@@ -136,7 +136,7 @@ class HereOnly(Workers):
         super().__init__(refuse)
         self.items = []
 
-    def run(self, items, task, *arguments, few=1):
+    def run(self, items, task, *arguments, few=1, threads=False):
         self.items += items
         return super().run(items, task, *arguments, few=len(items))
 

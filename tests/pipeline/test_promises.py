@@ -14,6 +14,7 @@ import pytest
 from fault_proxy import FaultProxy
 from processes import wait_for, workers
 
+from common import processes
 from common.errors import FingerprintError, LakeError, LeaseError
 from common.lake import Lake, create_lake, shard_name
 from common.schemas import PAIRS
@@ -28,7 +29,7 @@ SHARDS, SHARD_ROWS = 40, 5
 def settings(teachers, *names: str, **more) -> ExtractConfig:
     named = tuple(f"{name}={teachers[name]}" for name in names or teachers)
     # One shard at a time is prepared: each further process would import torch, which takes longer than the work.
-    defaults = {"micro_batch": 4, "lease_seconds": 12, "hardware": HardwareConfig(prepare_tasks=1)}
+    defaults = {"micro_batch": 4, "lease_seconds": 12, "hardware": HardwareConfig(prepare_tasks=1, share_process=False)}
     return ExtractConfig(teachers=named, **{**defaults, **more})
 
 
@@ -48,7 +49,10 @@ def same_as(undisturbed, lake: Lake) -> bool:
     return all(embeddings(lake, name).equals(table) for name, table in undisturbed[0].items())
 
 
-def test_promise_01_killed_workers_lose_and_change_nothing(make_lake, small_teachers, undisturbed, tmp_path):
+def test_promise_01_killed_workers_lose_and_change_nothing(
+    make_lake, small_teachers, undisturbed, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(processes, "FEW_CORES", 0)  # so that writers are processes of their own
     lake = make_lake(tmp_path / "lake", rows=SHARDS * SHARD_ROWS, shard_rows=SHARD_ROWS)
     chance, killed, over = random.Random(0), [], threading.Event()
 

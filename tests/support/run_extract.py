@@ -2,7 +2,7 @@
 
 Its teachers are the real ones, but slower by ``SECONDS_PER_PASS``, and each forward pass leaves a byte in
 ``PASSES_FILE``, so that work is counted even when the process that did it was killed. ``OBJECT_STORE_MEMORY`` makes
-Ray's object store that small, in bytes.
+Ray's object store that small, in bytes. ``MANY_CORES`` lets it work as on a large machine.
 """
 
 import os
@@ -34,6 +34,10 @@ def main() -> None:
     from common.logs import configure_logs
 
     configure_logs()
+    if os.environ.get("MANY_CORES"):
+        from common import processes
+
+        processes.FEW_CORES = 0
     lake, config = sys.argv[1], ExtractConfig.model_validate_json(Path(sys.argv[2]).read_text())
     if store := os.environ.get("OBJECT_STORE_MEMORY"):  # ray_session takes a Ray that is there
         import ray
