@@ -6,7 +6,7 @@ VENV := .venv-$(PINS)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LAKE ?= demo-lake
-BENCHES ?= efficiency peers memory start decode reader training students
+BENCHES ?= efficiency peers memory start ingest decode reader training students
 
 .PHONY: help env demo test test-unit test-pipeline bench check docs format clean
 .DEFAULT_GOAL := help

@@ -30,7 +30,9 @@ def ray_session(num_gpus: int | None = None) -> Iterator[None]:
     # Spinning OpenMP threads starve the decode tasks beside them: on two busy cores, training was ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
-    # Set before Ray is imported: it reads them then.
+    # Set before Ray is imported: it reads them then. Without the first, whatever still runs while a command ends would
+    # start another Ray, or join one that somebody else has on this machine.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     # For the raylet of a local Ray: it ends workers that were idle for a second when there are more of them than free

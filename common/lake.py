@@ -33,6 +33,11 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
+def run_name(what: str) -> str:
+    """A name for a run that nobody else has: what it does, when it began, and chance."""
+    return f"{what}-{now()[:19].replace(':', '').replace('T', '-')}-{os.urandom(2).hex()}"
+
+
 @dataclass(frozen=True)
 class Lake:
     """A lake at a URI. Construct with :func:`open_lake` or :func:`create_lake`, which check it."""

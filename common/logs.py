@@ -40,11 +40,14 @@ def size_text(count: float) -> str:
 
 
 class Progress:
-    """Say how far a stage is, how fast, and how long is left; at most one line per ``every`` seconds."""
+    """Say how far a stage is, how fast, and how long is left; at most one line per ``every`` seconds.
 
-    def __init__(self, what: str, total: int, unit: str, every: float = 5.0) -> None:
+    ``done`` units were done before: they count, but not in the rate.
+    """
+
+    def __init__(self, what: str, total: int, unit: str, every: float = 5.0, done: int = 0) -> None:
         self.what, self.total, self.unit, self.every = what, total, unit, every
-        self.done = 0
+        self.done = self.before = done
         self.note: str | Callable[[], str] = ""
         self.started = self.last = time.monotonic()
 
@@ -59,9 +62,9 @@ class Progress:
         """Print the line now."""
         self.last = time.monotonic()
         spent = max(self.last - self.started, 1e-9)
-        rate = self.done / spent
+        rate = (self.done - self.before) / spent
         note = self.note() if callable(self.note) else self.note
-        left = f", about {duration((self.total - self.done) / rate)} left" if 0 < self.done < self.total else ""
+        left = f", about {duration((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
         logger.info(
             "%s: %d/%d %s (%.0f %%), %.1f %s/s%s%s",
             self.what,

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from common.errors import LeaseError
 from common.lake import Lake, shard_name
+from common.lease import Lease
 from common.logs import Progress, logger
 from common.schemas import PAIRS, REJECTS
 from extractor.staging import DIGEST_BYTES, StagedPart, rejects_name, staged_name
@@ -50,10 +52,20 @@ def digests_name(ingest_id: str) -> str:
     return f"ingests/{ingest_id}.parquet"
 
 
-def commit(lake: Lake, ingest_id: str, staged: list[StagedPart], shard_rows: int, workers: Workers) -> Committed:
+def commit(
+    lake: Lake,
+    ingest_id: str,
+    staged: list[StagedPart],
+    shard_rows: int,
+    workers: Workers,
+    lease: Lease | None = None,
+) -> Committed:
     """Write the shards, rejects and digests of a staged ingest; what a killed attempt wrote already is kept.
 
     Of exact duplicates the first in source order stays, or the one that is in the lake already.
+
+    Raises:
+        LeaseError: The lake is another ingest's to write by now.
     """
     files = [
         (staged_name(ingest_id, index, number), rows)
@@ -75,7 +87,7 @@ def commit(lake: Lake, ingest_id: str, staged: list[StagedPart], shard_rows: int
             todo.append({"shard": index, "pieces": pieces})
     progress = Progress("ingest: writing", len(plan), "shards")
     progress.advance(len(plan) - len(todo))
-    for _, counts in workers.run(todo, write_shard, lake, ingest_id, few=FEW_SHARDS, threads=True):
+    for _, counts in workers.run(todo, write_shard, lake, ingest_id, lease, few=FEW_SHARDS, threads=True):
         _count(done, counts)
         progress.advance(1)
     _write_rejects(lake, ingest_id, staged)
@@ -119,7 +131,9 @@ def plan_shards(files: list[tuple[str, int]], keep: np.ndarray, shard_rows: int)
     return shards
 
 
-def write_shard(item: dict[str, Any], lake: Lake, ingest_id: str) -> dict[str, dict[str, int]]:
+def write_shard(
+    item: dict[str, Any], lake: Lake, ingest_id: str, lease: Lease | None = None
+) -> dict[str, dict[str, int]]:
     """Copy staged rows into one shard of pairs; the task of a commit.
 
     Returns:
@@ -132,8 +146,23 @@ def write_shard(item: dict[str, Any], lake: Lake, ingest_id: str) -> dict[str, d
             name, table = wanted, lake.storage.read_table(wanted, PAIRS.names)
         runs.append(table.slice(begin, rows))
     shard = pa.concat_tables(runs).cast(PAIRS)
+    insist_on_lease(lake, lease)
     lake.storage.write_table(f"pairs/{shard_name(item['shard'])}", shard, {OWNER: ingest_id})
     return _counts_of(shard)
+
+
+def insist_on_lease(lake: Lake, lease: Lease | None) -> None:
+    """Before each file that others count on.
+
+    Raises:
+        LeaseError: Another ingest has taken over, because this one gave no sign of life for too long.
+    """
+    if lease is not None and not lease.is_held():
+        raise LeaseError(
+            f"{lake.uri} belongs to another ingest now, since this one was silent for {lease.seconds:g} s (a paused "
+            "machine, or storage out of reach). Nothing more was written. Run the same command again when that other "
+            "one has ended."
+        )
 
 
 def finished_ingests(lake: Lake) -> list[dict[str, Any]]:

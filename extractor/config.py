@@ -58,6 +58,9 @@ class IngestConfig(StrictModel):
         0.05, ge=0, lt=1, description="Share put in test by hash, where the source has no split."
     )
     shard_rows: PositiveInt = Field(1024, description="Rows per shard; fixed for a lake. Fewer means finer resume.")
+    lease_seconds: PositiveFloat = Field(
+        60.0, description="An ingest that gives no sign of life for so long may be taken over by another."
+    )
     limits: DecodeLimits = DecodeLimits()
 
 

@@ -15,6 +15,7 @@ from common.lake import Lake
 from common.lease import Leases
 from common.logs import duration, logger
 from common.processes import usable_cores
+from common.stopping import StopSignals
 from extractor.account.display import Display
 from extractor.account.metrics import Metrics
 from extractor.account.report import FAILED, FINISHED, RUNNING, STOPPED, RunReport
@@ -31,7 +32,6 @@ from extractor.planning.survey import Survey
 from extractor.pools import QUEUE, TeacherPool, group_teachers, start_pools, wait_until_seated
 from extractor.prepare import Prepare, TeacherInput
 from extractor.sink import record_valid
-from extractor.stopping import StopSignals
 from extractor.stream import Feeder, PreparedShards
 from extractor.teachers import CoreShare, Teacher
 from extractor.tending.ledger import Pairs

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ import pyarrow as pa
 
 from common.config import fingerprint
 from common.errors import SourceError
-from common.lake import Lake, claim_partition, create_lake, now, open_lake, shard_name
+from common.lake import Lake, claim_partition, create_lake, open_lake, run_name, shard_name
 from common.lease import hold_all
 from common.logs import Progress, logger
 from common.models.load import read_catalog
@@ -170,7 +169,7 @@ def _import_features(
 ) -> None:
     lake = open_lake(lake_uri)
     identities = {teacher.partition: teacher.identity for teacher in teachers}
-    run = f"import-{now()[:19].replace(':', '').replace('T', '-')}-{os.urandom(2).hex()}"
+    run = run_name("import")
     with hold_all(lake.storage, [f"teacher={name}" for name in identities], run):
         todo, pairs = plan_todo(lake, identities)
         for teacher in teachers:

@@ -8,7 +8,7 @@
 
 ``<id>`` is a fingerprint of the source files (name, size, last change) and of the settings, so the same ingest run
 again does nothing. Another source begins a new shard: shards that are there are never rewritten, because embeddings
-may lie beside them. One ingest at a time may run on a lake.
+may lie beside them. A lease lets one ingest at a time write to a lake; whoever comes second is told whose turn it is.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from typing import Any
 
 from common.config import fingerprint
 from common.errors import SourceError
-from common.lake import Lake, create_lake, now
+from common.lake import Lake, create_lake, now, run_name
+from common.lease import Lease, hold
 from common.logs import Progress, duration, logger
 from common.schemas import SCHEMA_VERSION
-from extractor.commit import Committed, commit, manifest_name
+from extractor.commit import Committed, commit, insist_on_lease, manifest_name
 from extractor.config import IngestConfig
 from extractor.sources import plan_sources
 from extractor.sources.addresses import identity_of, shown
@@ -36,6 +37,8 @@ from extractor.staging import StagedPart, rejects_name, release_decoder, stage_p
 from extractor.tasks import Workers
 
 READ_THREADS = 16
+LEASE = "ingest"
+"""Name of the lease on a lake's pairs."""
 
 
 @dataclass
@@ -76,6 +79,7 @@ def ingest(
     Raises:
         SourceError: A source is absent, lacks a column, or gives not one usable pair.
         LakeError: The lake has another shard size or schema version.
+        LeaseError: Another ingest is at work on the lake.
         StorageError: An address cannot be reached.
     """
     started = time.monotonic()
@@ -87,15 +91,20 @@ def ingest(
     earlier = find_earlier(lake, ingest_id)
     if earlier is not None:
         return earlier
-    with Workers(session) as workers:
-        staged = stage(lake, ingest_id, parts, config, workers)
-        insist_on_pairs(lake, ingest_id, sources, staged)
-        committed = commit(lake, ingest_id, staged, config.shard_rows, workers)
-    report = summarise(ingest_id, staged, committed)
-    report.seconds = time.monotonic() - started
-    record = {**vars(report), "sources": [shown(uri) for uri in sources], "fingerprint": identity}
-    lake.storage.write_json(manifest_name(ingest_id), {**record, "created_at": now()})
-    lake.storage.remove(staging_folder(ingest_id))
+    with hold(lake.storage, LEASE, run_name("ingest"), config.lease_seconds) as lease:
+        earlier = find_earlier(lake, ingest_id)  # once more: another may have done it while this one waited
+        if earlier is not None:
+            return earlier
+        with Workers(session) as workers:
+            staged = stage(lake, ingest_id, parts, config, workers, lease)
+            insist_on_pairs(lake, ingest_id, sources, staged)
+            committed = commit(lake, ingest_id, staged, config.shard_rows, workers, lease)
+        report = summarise(ingest_id, staged, committed)
+        report.seconds = time.monotonic() - started
+        record = {**vars(report), "sources": [shown(uri) for uri in sources], "fingerprint": identity}
+        insist_on_lease(lake, lease)
+        lake.storage.write_json(manifest_name(ingest_id), {**record, "created_at": now()})
+        lake.storage.remove(staging_folder(ingest_id))
     log_report(report)
     return report
 
@@ -109,7 +118,7 @@ def describe(parts: list[Part], config: IngestConfig) -> dict[str, Any]:
         "files": identities,
         # Staged files are named by part: a program that cuts otherwise must not go on with them.
         "parts": fingerprint([[part.name, part.begin, part.end] for part in parts]),
-        "config": config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json", exclude={"lease_seconds"}),
         "schema_version": SCHEMA_VERSION,
     }
 
@@ -133,7 +142,9 @@ def find_earlier(lake: Lake, ingest_id: str) -> IngestReport | None:
     return report
 
 
-def stage(lake: Lake, ingest_id: str, parts: list[Part], config: IngestConfig, workers: Workers) -> list[StagedPart]:
+def stage(
+    lake: Lake, ingest_id: str, parts: list[Part], config: IngestConfig, workers: Workers, lease: Lease
+) -> list[StagedPart]:
     """Stage the parts that are not staged yet; returns what all parts hold, in order."""
     names = set(lake.storage.list_files(staging_folder(ingest_id), ".json"))
     there = [index for index in range(len(parts)) if StagedPart.file_name(index) in names]
@@ -149,6 +160,7 @@ def stage(lake: Lake, ingest_id: str, parts: list[Part], config: IngestConfig, w
     rows = sum(part.records for part in done.values())
     try:
         for number, answer in workers.run(items, _stage_item, lake, ingest_id, config, threads=True):
+            insist_on_lease(lake, lease)
             part = done[todo[number]] = StagedPart.from_json(answer)
             rows += part.records
             progress.advance(1, f"{rows} rows")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from common.lake import now, open_lake
+from common.lake import open_lake, run_name
 from common.lease import active_runs, hold_all
 from common.logs import logger
+from common.stopping import StopSignals
 from extractor.account.report import close_killed
 from extractor.config import ExtractConfig
 from extractor.events import ExtractReport
@@ -21,7 +21,6 @@ from extractor.partitions import (
     identity_of,
     plan_todo,
 )
-from extractor.stopping import StopSignals
 from extractor.teachers import Teacher
 from extractor.terms import check_terms
 
@@ -56,7 +55,7 @@ def extract(
     inputs = describe_inputs(specs, config)
     identities = {name: identity_of(teacher, config) for name, teacher in inputs.items()}
     check_partitions(lake, identities)
-    run = f"extract-{now()[:19].replace(':', '').replace('T', '-')}-{os.urandom(2).hex()}"
+    run = run_name("extract")
     names = [f"teacher={name}" for name in inputs]
     with hold_all(lake.storage, names, run, config.lease_seconds) as leases, StopSignals() as stop:
         todo, pairs = plan_todo(lake, identities)

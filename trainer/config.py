@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from common.config import StrictModel
 
@@ -154,6 +154,7 @@ class ScaleConfig(StrictModel):
     )
     accumulate: PositiveInt = Field(1, description="Micro-batches per step, for batches that do not fit the device.")
     checkpoint_every: PositiveInt = Field(500, description="Steps between checkpoints.")
+    checkpoint_minutes: PositiveFloat = Field(5.0, description="A checkpoint at least so often, whatever the steps.")
     keep_checkpoints: PositiveInt = Field(2, description="Newest checkpoints kept, beside the best one.")
     log_every: PositiveInt = Field(10, description="Steps between metric rows.")
     track: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
@@ -83,11 +83,11 @@ def quiet_libraries() -> None:
     logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
 
 
-def started(batches: Iterator[Batch]) -> Iterator[Batch]:
+def started(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
     """The same batches, the first being fetched from now on: data and model then start up at the same time."""
     with_first = ThreadPoolExecutor(1).submit(lambda: list(itertools.islice(batches, 1)))
 
-    def rest() -> Iterator[Batch]:
+    def rest() -> Generator[Batch, None, None]:
         yield from with_first.result()
         yield from batches
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import threading
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -15,19 +18,23 @@ import ray
 
 from common import errors
 from common.config import fingerprint
-from common.errors import ClusterError, TrainError
+from common.errors import ClusterError, StoppedError, TrainError
 from common.lake import Lake, claim_partition
 from common.logs import logger
 from common.seeding import rng
+from common.stopping import StopSignals
 from common.storage import Storage
 from trainer.architecture import Architecture
+from trainer.checkpoint import newest_checkpoint
 from trainer.config import DataConfig, ScaleConfig, Stage1Config, Stage2Config
 from trainer.data import TrainData, read_selection
 from trainer.order import Order
 from trainer.record import ERROR, RESULT, Job
 from trainer.trackers import check_trackers
+from trainer.wishes import STOP
 
 VALIDATION_ROWS = 512
+LISTEN_SECONDS = 0.2
 RUN = "run.json"
 
 
@@ -178,6 +185,7 @@ def launch(lake: Lake, run: str, job: Job, data: TrainData, placement: Placement
 
     Raises:
         FingerprintError: The name belongs to a run of another configuration or on other data.
+        StoppedError: SIGTERM or SIGINT came; the workers saved a checkpoint first.
         MmkdError: What the workers found wrong.
     """
     storage = Storage(job.run_uri)
@@ -188,6 +196,7 @@ def launch(lake: Lake, run: str, job: Job, data: TrainData, placement: Placement
         logger.info("%s: run %s is finished; nothing to do", job.stage, run)
         return read_result(storage, run)
     storage.remove(ERROR)
+    storage.remove(STOP)
     logger.info(
         "%s: run %s, %d samples, %d steps in %d epochs, %d worker(s) on %s",
         job.stage,
@@ -198,11 +207,42 @@ def launch(lake: Lake, run: str, job: Job, data: TrainData, placement: Placement
         job.scale.workers,
         "GPU" if placement.gpu else "CPU",
     )
-    fit(lake, run, job, data, placement)
+    with StopSignals() as stop:
+        _fit_or_stop(functools.partial(fit, lake, run, job, data, placement), stop, storage)
     if storage.exists(ERROR):
         error = storage.read_json(ERROR)
         raise errors.__dict__[error["kind"]](error["message"])
+    if not storage.exists(RESULT) and stop.asked:
+        saved = newest_checkpoint(storage)
+        raise StoppedError(
+            f"Run {run} was stopped by {stop.asked} after step {saved.step if saved else 0} of {job.total_steps}. "
+            "Start the same command again to go on from there."
+        )
     return read_result(storage, run)
+
+
+def _fit_or_stop(fit_all: Callable[[], None], stop: StopSignals, run: Storage) -> None:
+    """Train in a thread, and pass a signal on to the workers: the thread that waits for Ray would not hear of it."""
+    failures: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            fit_all()
+        except BaseException as error:  # noqa: BLE001 - raised again below
+            failures.append(error)
+
+    thread = threading.Thread(target=target, name="mmkd-train", daemon=True)
+    thread.start()
+    told = False
+    while thread.is_alive():
+        thread.join(LISTEN_SECONDS)
+        if stop.asked and not told:
+            run.write_json(STOP, {"signal": stop.asked})
+            told = True
+    if told:
+        run.remove(STOP)
+    if failures:
+        raise failures[0]
 
 
 def fit(lake: Lake, run: str, job: Job, data: TrainData, placement: Placement) -> None:

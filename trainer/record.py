@@ -116,28 +116,31 @@ class Recorder:
         self.run, self.job, self.data, self.parts = run, job, data, parts
         # Rows of steps after the checkpoint are written again, by the same steps done again.
         self.rows = [row for row in read_metrics(run) if row["step"] <= first_step]
-        self.progress = Progress(job.stage, job.total_steps - first_step, "steps")
+        self.progress = Progress(job.stage, job.total_steps, "steps", done=first_step)
         self.trackers = [open_tracker(kind, run, job.stage, job.identity) for kind in job.scale.track]
         self.seconds = self.waited = 0.0
         self.samples = 0
         self.shown = Pace()
+        self.has_begun = False
         self.written = time.monotonic()
         # In the background: the first batches are being waited for meanwhile.
         load = functools.partial(validation_batches, data, job.validation_places)
         self.validation = ThreadPoolExecutor(1).submit(lambda: list(load()))
 
-    def add(self, report: StepReport, seen: np.ndarray | None, saves: bool) -> None:
+    def add(self, report: StepReport, seen: np.ndarray | None, saves: bool, validates: bool = True) -> None:
         """Account for one step, save if asked.
 
         Args:
             report: What the step did.
             seen: For a metric row: the place and the digest of each row of the global batch, int64 [N, 2].
             saves: Whether to save a checkpoint.
+            validates: Whether to validate before that; a run that is to end has no time for it.
         """
         self.seconds += report.seconds
         self.waited += report.wait_seconds
         self.samples += self.data.order.batch_size
-        if self.progress.done == 0:
+        if not self.has_begun:
+            self.has_begun = True
             # The wait for the first batch would spoil the rate.
             self.progress.started = self.progress.last = time.monotonic()
         else:
@@ -147,7 +150,7 @@ class Recorder:
         if seen is not None:
             self.rows.append(self._row(report, seen))
         if saves:
-            self._save(report)
+            self._save(report, validates)
         elif seen is not None and time.monotonic() - self.written > METRICS_SECONDS:
             self._write_metrics()
 
@@ -182,9 +185,9 @@ class Recorder:
         self.seconds, self.waited, self.samples = 0.0, 0.0, 0
         return row
 
-    def _save(self, report: StepReport) -> None:
+    def _save(self, report: StepReport, validates: bool) -> None:
         row = self.rows[-1]
-        if len(self.job.validation_places):
+        if validates and len(self.job.validation_places):
             row["validation"] = validation_loss(
                 self.validation.result(), self.parts.student, float(self.parts.objective.scale().detach())
             )

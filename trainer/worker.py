@@ -27,6 +27,7 @@ from trainer.losses import gather_constant
 from trainer.optim import build_optimizer
 from trainer.record import ERROR, Job, Parts, Recorder, restore
 from trainer.student import Student
+from trainer.wishes import Agreement, Wisher, Wishes
 
 
 def train_worker(settings: dict[str, Any]) -> None:
@@ -76,10 +77,16 @@ def run_job(job: Job, data_ref: ray.ObjectRef, run: Storage) -> None:
         bfloat16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
         max_bad_steps=job.scale.max_bad_steps,
     )
-    recorder = Recorder(run, job, data, parts, first_step) if rank == 0 else None
-    with contextlib.nullcontext() if recorder is None else recorder:
+    agreement = Agreement(workers, device)
+    with contextlib.ExitStack() as stack:
+        recorder = wisher = None
+        if rank == 0:
+            recorder = stack.enter_context(Recorder(run, job, data, parts, first_step))
+            wisher = stack.enter_context(Wisher(run, 60 * job.scale.checkpoint_minutes))
         for report in train(batches, model, parts.objective, parts.optimizer, plan, first_step, no_sync):
-            saves = report.step == job.total_steps or report.step % job.scale.checkpoint_every == 0
+            all_wish = agreement.decide(Wishes() if wisher is None else wisher.wishes())
+            is_last = report.step == job.total_steps
+            saves = is_last or all_wish.stop or all_wish.save or report.step % job.scale.checkpoint_every == 0
             logs = saves or report.step % job.scale.log_every == 0
             # A collective: all workers take part, the first one writes.
             seen = None
@@ -87,10 +94,15 @@ def run_job(job: Job, data_ref: ray.ObjectRef, run: Storage) -> None:
                 report.settle()
                 digests = np.stack([report.batch.place_B, digest_rows(report.batch)], axis=1)
                 seen = gather_constant(torch.from_numpy(digests).to(device)).cpu().numpy()
-            if recorder is not None:
-                recorder.add(report, seen, saves)
+            if recorder is not None and wisher is not None:
+                recorder.add(report, seen, saves, validates=is_last or not all_wish.stop)
+                if saves:
+                    wisher.saved()
             if saves:
                 ray.train.report({"step": report.step, **report.terms})
+            if all_wish.stop and not is_last:
+                batches.close()
+                return
         if recorder is not None:
             recorder.finish()
 

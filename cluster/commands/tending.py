@@ -28,7 +28,7 @@ def verify(
 ) -> None:
     """Read and check everything that was extracted: bytes, widths, values, producers, and that samples are the pairs'.
 
-    Exits with 1 if anything bad is left. Shards that are only missing are not bad.
+    Exits with 1 if anything bad is left, or if a teacher lacks shards.
 
     Example: mmkd verify ./lake --repair
     """
@@ -43,7 +43,7 @@ def verify(
         typer.echo(f"To remove what is bad: mmkd verify {lake} --repair")
     for command in redo_commands(lake, report.incomplete):
         typer.echo(f"To compute what is missing: {command}")
-    raise typer.Exit(0 if report.is_good else 1)
+    raise typer.Exit(0 if report.is_good and not report.incomplete else 1)
 
 
 def _format(report: VerifyReport) -> str:

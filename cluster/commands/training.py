@@ -190,6 +190,8 @@ def evaluate(
     known = read_catalog(catalog)
     result = run(lake, [find_model(reference, known, store=store) for reference in split_names(models) or ()], settings)
     typer.echo(format_table(result.scores))
+    for doubt in result.doubts:
+        typer.echo(f"Careful: {doubt}")
     typer.echo(f"Scores: {result.uri}")
 
 

@@ -107,6 +107,7 @@ def verify(
     with hold_all(lake.storage, leased, run, lease_seconds):
         known = Pairs(lake, trust=False)
         report.findings += [Finding(f"pairs/{shard_name(i)}", _unreadable(why)) for i, why in known.faults.items()]
+        report.findings += check_ingests(lake)
         if pairs:
             report.findings += check_pairs(lake, known)
         for name in wanted:
@@ -181,6 +182,28 @@ def _repair(partition: Partition, marks: dict[str, FileMark], faults: dict[str, 
     for name, mark in partition.marks().items():
         if is_pack(name) and faults.get(name) and mark == marks.get(name):
             dissolve(partition, Place(name, mark), [])
+
+
+def check_ingests(lake: Lake) -> list[Finding]:
+    """Compare what the ingests say they wrote with the shards that are there."""
+    present, owners, findings = set(lake.files("pairs")), dict[int, str](), []
+    for name in lake.storage.list_files("ingests", ".json"):
+        manifest = lake.storage.read_json(f"ingests/{name}")
+        first = int(manifest["first_shard"])
+        claimed = range(first, first + int(manifest["shards"]))
+        gone = [shard_name(index) for index in claimed if index not in present]
+        if gone:
+            more = f" and {len(gone) - SHOWN_FAULTS} more" if len(gone) > SHOWN_FAULTS else ""
+            sentence = f"{', '.join(gone[:SHOWN_FAULTS])}{more} of its {len(claimed)} shards are not in pairs/"
+            findings.append(
+                Finding(f"ingests/{name}", f"{sentence}; restore them from a copy, or ingest into a fresh lake")
+            )
+        twice = sorted({owners[index] for index in claimed if index in owners})
+        if twice:
+            sentence = f"{', '.join(twice)} claims the same shards, so the rows of one of the two are not in the lake"
+            findings.append(Finding(f"ingests/{name}", f"{sentence}; ingest both into a fresh lake"))
+        owners |= dict.fromkeys(claimed, name)
+    return findings
 
 
 def check_pairs(lake: Lake, pairs: Pairs) -> list[Finding]:

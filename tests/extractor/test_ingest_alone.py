@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from extractor.sources import lines
 configure_logs()
 processes.FEW_CORES = 1 << 20
 lines.ROWS_PER_PART = 30
-ingest(sys.argv[1], sys.argv[2], IngestConfig(shard_rows=50))
+ingest(sys.argv[1], sys.argv[2], IngestConfig(shard_rows=50, lease_seconds=float(sys.argv[3])))
 assert "ray" not in sys.modules
 """
 ROWS = 600
@@ -49,8 +50,8 @@ def source(tmp_path_factory):
     return folder / "pairs.jsonl"
 
 
-def start(source, lake) -> subprocess.Popen:
-    command = [sys.executable, "-c", PROGRAM, str(source), str(lake)]
+def start(source, lake, lease_seconds=60) -> subprocess.Popen:
+    command = [sys.executable, "-c", PROGRAM, str(source), str(lake), str(lease_seconds)]
     # A session of its own gets the same default answer to Ctrl-C as a shell gives.
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
@@ -99,3 +100,46 @@ def test_whatever_ends_it_no_process_stays_and_the_next_run_goes_on(source, whol
     assert again.returncode == 0, said
     assert "going on after" in said
     assert rows_of(lake) == whole
+
+
+def test_of_two_ingests_at_once_the_second_is_told_and_no_row_is_lost(source, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(source.parent, other)
+    lines = [json.loads(line) for line in source.read_text().splitlines()]
+    other_rows = [{**line, "caption": f"another {line['caption']}"} for line in lines]
+    (other / "pairs.jsonl").write_text("\n".join(map(json.dumps, other_rows)))
+    lake = tmp_path / "lake"
+    first = start(source, lake)
+    wait_for_parts(first, lake, 1)
+    second = start(other / "pairs.jsonl", lake)
+    said = second.communicate(timeout=120)[1]
+    assert second.returncode != 0
+    assert "ingest is being written by run 'ingest-" in said
+    assert f"(process {first.pid})" in said
+    said = first.communicate(timeout=120)[1]
+    assert first.returncode == 0, said
+    again = start(other / "pairs.jsonl", lake)
+    said = again.communicate(timeout=120)[1]
+    assert again.returncode == 0, said
+    captions = {row["captions"][0] for row in rows_of(lake)}
+    assert captions == {f"{words}picture {row}" for row in range(ROWS) if row % 100 for words in ("", "another ")}
+    manifests = [json.loads(file.read_text()) for file in lake.glob("ingests/*.json")]
+    claimed = [index for one in manifests for index in range(one["first_shard"], one["first_shard"] + one["shards"])]
+    assert sorted(claimed) == open_lake(str(lake)).shards()
+
+
+def test_an_ingest_that_was_paused_until_another_took_over_writes_no_more(source, tmp_path):
+    lake = tmp_path / "lake"
+    first = start(source, lake, lease_seconds=1)
+    wait_for_parts(first, lake, 1)
+    paused = psutil.Process(first.pid)
+    paused.suspend()
+    second = start(source, lake)
+    said = second.communicate(timeout=120)[1]
+    assert second.returncode == 0, said
+    assert "which gives no sign of life; taken over" in said
+    whole = {file.name: file.stat().st_mtime_ns for file in lake.glob("pairs/*")}
+    paused.resume()
+    said = first.communicate(timeout=120)[1]
+    assert {file.name: file.stat().st_mtime_ns for file in lake.glob("pairs/*")} == whole
+    assert first.returncode != 0, said

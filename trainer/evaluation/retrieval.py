@@ -21,6 +21,14 @@ TASK = "retrieval"
 CUTOFFS = (1, 5, 10)
 
 
+def caption_counts(embedded: EmbeddedData) -> dict[str, int]:
+    """Modality -> distinct captions that its pictures carry."""
+    return {
+        modality: len(np.unique(embedded.pairs_P2[np.isin(embedded.pairs_P2[:, 0], embedded.of_modality(modality)), 1]))
+        for modality in sorted(set(embedded.modalities))
+    }
+
+
 def retrieval(
     model: LoadedModel, embedded: EmbeddedData, *, batch_size: int, resamples: int, seed: int
 ) -> Iterator[Measured]:

@@ -13,10 +13,11 @@ from common.errors import ConfigError, EvaluateError
 from common.lake import open_lake
 from common.logs import logger
 from trainer.config import EvaluateConfig
+from trainer.evaluation.doubts import FEW_CAPTIONS, describe_classes, few_captions
 from trainer.evaluation.embed import EmbeddedData, embed_data
 from trainer.evaluation.models import LoadedModel, ModelUnderTest, has_both_towers, load_under_test
 from trainer.evaluation.prompts import PromptTemplates, load_templates
-from trainer.evaluation.retrieval import retrieval
+from trainer.evaluation.retrieval import caption_counts, retrieval
 from trainer.evaluation.samples import lake_data
 from trainer.evaluation.scores import Measured, scores_table
 from trainer.evaluation.zero_shot import classifiable, zero_shot
@@ -28,6 +29,8 @@ class Evaluation:
 
     scores: pa.Table
     uri: str
+    doubts: tuple[str, ...] = ()
+    """Sentences about figures that do not mean what they seem to."""
 
 
 def evaluate(lake_uri: str, models: Sequence[ModelUnderTest], config: EvaluateConfig) -> Evaluation:
@@ -52,10 +55,18 @@ def evaluate(lake_uri: str, models: Sequence[ModelUnderTest], config: EvaluateCo
     loaded = [load_under_test(model, device) for model in with_both_towers(models)]
     embedded = embed_data(data, loaded, config.batch_size, main_caption_only=config.captions == "main")
     classes = classifiable(embedded, data.classes) if "zero_shot" in config.tasks else {}
+    if "zero_shot" in config.tasks and not data.classes:
+        logger.warning("evaluate: no pair of %s has a label, so there is nothing to classify", data.name)
+    for line in describe_classes(embedded, classes):
+        logger.info("evaluate: %s", line)
+    doubts: list[str] = []
+    if "retrieval" in config.tasks:
+        counts = caption_counts(embedded)
+        doubts += [few_captions(name, count) for name, count in counts.items() if 2 <= count < FEW_CAPTIONS]
     tables = []
     for model in loaded:
         logger.info("evaluate: scoring %s", model.name)
-        measured = list(_measure(model, embedded, classes, templates, config))
+        measured = list(_measure(model, embedded, classes, templates, config, doubts))
         tables.append(scores_table(measured, model.name, model.kind, data.name, model.description.weights_sha256))
     scores = pa.concat_tables(tables)
     if not scores.num_rows:
@@ -73,7 +84,7 @@ def evaluate(lake_uri: str, models: Sequence[ModelUnderTest], config: EvaluateCo
     )
     path = f"scores/{name}.parquet"
     lake.storage.write_table(path, scores, {"mmkd.evaluate_config": config.model_dump_json()})
-    return Evaluation(scores, f"{lake.uri}/{path}")
+    return Evaluation(scores, f"{lake.uri}/{path}", tuple(doubts))
 
 
 def _measure(
@@ -82,10 +93,12 @@ def _measure(
     classes: dict[str, tuple[str, ...]],
     templates: PromptTemplates,
     config: EvaluateConfig,
+    doubts: list[str],
 ) -> Iterator[Measured]:
     batch_size, resamples, seed = config.batch_size, config.bootstraps, config.seed
     if "zero_shot" in config.tasks:
-        yield from zero_shot(model, embedded, classes, templates, batch_size=batch_size, resamples=resamples, seed=seed)
+        settings: dict[str, int] = {"batch_size": batch_size, "resamples": resamples, "seed": seed}
+        yield from zero_shot(model, embedded, classes, templates, **settings, doubts=doubts)
     if "retrieval" in config.tasks:
         yield from retrieval(model, embedded, batch_size=batch_size, resamples=resamples, seed=seed)
 

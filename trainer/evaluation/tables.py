@@ -15,7 +15,7 @@ DIRECTION_WORDS = "I2T: image to text, T2I: text to image"
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure in percent with its 95 % interval; ``best`` if no model does better in the column."""
+    """A figure in percent with its 95 % interval; ``best`` if every other model does worse in the column."""
 
     value: float
     low: float | None
@@ -81,7 +81,11 @@ def _section(
     title: str, models: list[tuple[str, str]], chosen: dict[tuple[str, str], dict], columns: list[str]
 ) -> Section:
     shown = [(name, kind) for name, kind in models if any((name, column) in chosen for column in columns)]
-    best = {c: max(row["value"] for (_, column), row in chosen.items() if column == c) for c in columns}
+    best: dict[str, float | None] = {}
+    for wanted in columns:
+        values = sorted(row["value"] for (_, column), row in chosen.items() if column == wanted)
+        # Two that are level are neither the best.
+        best[wanted] = values[-1] if len(values) == 1 or values[-1] > values[-2] else None
     cells: list[list[Cell | None]] = []
     for name, _ in shown:
         rows = [chosen.get((name, column)) for column in columns]
@@ -89,7 +93,7 @@ def _section(
     return Section(title, columns, [name for name, _ in shown], [kind for _, kind in shown], cells)
 
 
-def _cell(row: dict, best: float) -> Cell:
+def _cell(row: dict, best: float | None) -> Cell:
     low, high = (None if row[bound] is None else 100 * row[bound] for bound in ("low", "high"))
     return Cell(100 * row["value"], low, high, row["value"] == best)
 

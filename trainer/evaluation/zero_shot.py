@@ -12,6 +12,7 @@ from scipy.special import softmax
 
 from common.logs import logger
 from common.seeding import rng
+from trainer.evaluation.doubts import one_answer, same_prompts
 from trainer.evaluation.embed import EmbeddedData
 from trainer.evaluation.metrics import Score, classification_scores, mean_score
 from trainer.evaluation.models import LoadedModel
@@ -42,6 +43,13 @@ def classifiable(embedded: EmbeddedData, classes: Mapping[str, tuple[str, ...]])
     return chosen
 
 
+def alike_classes(directions_CD: np.ndarray) -> list[list[int]]:
+    """Groups of classes whose prompts have one and the same vector."""
+    _, group_C = np.unique(directions_CD.round(6), axis=0, return_inverse=True)
+    groups = [np.flatnonzero(group_C.reshape(-1) == group).tolist() for group in np.unique(group_C)]
+    return [group for group in groups if len(group) > 1]
+
+
 def class_directions(
     model: LoadedModel, labels: tuple[str, ...], modality: str, templates: PromptTemplates, batch_size: int
 ) -> np.ndarray:
@@ -64,6 +72,7 @@ def zero_shot(
     batch_size: int,
     resamples: int,
     seed: int,
+    doubts: list[str],
 ) -> Iterator[Measured]:
     """Accuracy, macro one-vs-rest AUC and macro F1 of one model, per modality and on average.
 
@@ -75,6 +84,7 @@ def zero_shot(
         batch_size: Prompts per forward pass.
         resamples: Bootstrap resamples behind each interval; all models get the same ones.
         seed: Of the bootstrap.
+        doubts: Gets a sentence for each figure that does not mean what it seems to.
     """
     by_metric: dict[str, list[Score]] = {}
     for modality, labels in classes.items():
@@ -82,6 +92,12 @@ def zero_shot(
         rows = np.array([i for i in embedded.of_modality(modality) if embedded.labels[i] is not None])
         truth_N = np.array([labels.index(str(embedded.labels[i])) for i in rows])
         logits_NC = model.encoder.logit_scale * (embedded.images[model.name][rows] @ directions_CD.T)
+        alike = alike_classes(directions_CD)
+        if alike:
+            doubts.append(same_prompts(model.name, modality, [[labels[place] for place in group] for group in alike]))
+        predicted_N = logits_NC.argmax(1)
+        if np.ptp(predicted_N) == 0:
+            doubts.append(one_answer(model.name, modality, labels[predicted_N[0]], len(rows)))
         scores = classification_scores(
             softmax(logits_NC.astype(np.float64), axis=1), truth_N, resamples, rng(seed, TASK, modality)
         )

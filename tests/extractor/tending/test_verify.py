@@ -76,6 +76,27 @@ def test_a_whole_lake_has_no_findings(lake):
     assert report.bytes == sum(sizes)
 
 
+def manifest(lake: Lake, name: str, first: int, shards: int) -> None:
+    lake.storage.write_json(f"ingests/{name}.json", {"first_shard": first, "shards": shards})
+
+
+def test_ingests_are_held_against_the_shards(lake):
+    manifest(lake, "a", 0, 3)
+    manifest(lake, "b", 3, 2)
+    assert verify(lake.uri).findings == []
+    manifest(lake, "c", 2, 1)
+    assert found(verify(lake.uri)) == {
+        "ingests/c.json": "a.json claims the same shards, so the rows of one of the two are not in the lake; ingest "
+        "both into a fresh lake"
+    }
+    manifest(lake, "c", 5, 4)
+    report = verify(lake.uri)
+    assert not report.is_good
+    assert found(report)["ingests/c.json"].startswith(
+        "shard-000005.parquet, shard-000006.parquet, shard-000007.parquet and 1 more of its 4 shards are not in pairs/"
+    )
+
+
 def test_it_reads_what_ledgers_would_have_it_believe(lake):
     find_valid(lake, "t", IDENTITY)
     before = file(lake, 2).stat()

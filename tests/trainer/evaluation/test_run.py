@@ -222,7 +222,8 @@ def test_tables_for_people(small_lake, two_models):
     for column in range(3):
         column_cells = [row[column] for row in accuracy.cells]
         best = max(cell.value for cell in column_cells)
-        assert all(cell.best == (cell.value == best) for cell in column_cells)
+        is_alone = [cell.value for cell in column_cells].count(best) == 1  # two that are level are neither the best
+        assert all(cell.best == (cell.value == best and is_alone) for cell in column_cells)
     text = format_table(scores, width=200)
     assert "Zero-shot accuracy, percent" in text
     assert "I2T R@10" in text

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from extractor.stopping import StopSignals
+from common.stopping import StopSignals
 
 
 @pytest.fixture
