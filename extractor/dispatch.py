@@ -7,6 +7,7 @@ and a file is encoded and stored by :class:`extractor.writers.Writers`.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -69,6 +70,14 @@ class Dispatcher:
     def failures(self) -> dict[str, str]:
         """Teacher -> why it cannot go on."""
         return {name: pool.failure for name, pool in self.pools.items() if pool.failure is not None}
+
+    def at_work(self) -> dict[str, float]:
+        """Teacher -> seconds that its processes have spent on shards that are not done, added up."""
+        seconds: Counter[str] = Counter()
+        for process in {seat.process for pool in self.pools.values() for seat in pool.seats}:
+            if (found := process.work.at_work()) is not None:
+                seconds[found[0]] += found[1]
+        return dict(seconds)
 
     def submit(self, shard: int, block: Any, teachers: Iterable[str]) -> None:
         """Give a prepared shard (a reference to it) to those of the teachers that can still work."""
@@ -138,6 +147,7 @@ class Dispatcher:
                 job = pool.queue.popleft()
                 facts, features = seat.process.actor.embed.options(num_returns=2).remote(job.teacher, job.block)
                 seat.jobs[job.shard] = time.monotonic()
+                seat.process.work.begins(job.teacher)
                 self._embedding[facts] = (job, seat, features)
 
     def _seated(self, pool: TeacherPool, reference: Any, events: list[FileDone]) -> None:
@@ -148,6 +158,7 @@ class Dispatcher:
             self._give_up(pool, events)
 
     def _embedded(self, job: Job, seat: Seat, features: Any, reference: Any, events: list[FileDone]) -> None:
+        seat.process.work.ends(job.teacher)
         pool = self.pools[job.teacher]
         if pool.failure is not None:
             return

@@ -70,6 +70,7 @@ class Engine:
             self.config.max_reject_fraction,
             account.note,
         )
+        account.at_work = dispatcher.at_work
         written: dict[str, dict[int, int]] = {}
         status, message = FAILED, ""
         try:

@@ -73,6 +73,30 @@ class TeacherProcess:
         self._teachers.pop(name, None)
 
 
+class WorkQueue:
+    """The teachers whose shards a process was given, oldest first; it works on one after the other."""
+
+    def __init__(self) -> None:
+        self._names: deque[str] = deque()
+        self._since = 0.0
+
+    def begins(self, name: str) -> None:
+        """A shard was given to it for a teacher."""
+        if not self._names:
+            self._since = time.monotonic()
+        self._names.append(name)
+
+    def ends(self, name: str) -> None:
+        """A teacher's oldest shard is done, or lost."""
+        if name in self._names:
+            self._names.remove(name)
+            self._since = time.monotonic()
+
+    def at_work(self) -> tuple[str, float] | None:
+        """The teacher whose shard it is at, and for how many seconds."""
+        return (self._names[0], time.monotonic() - self._since) if self._names else None
+
+
 class Process:
     """The driver's end of a process: who uses it, and its end when nobody does.
 
@@ -89,6 +113,7 @@ class Process:
         self.placed = self.actor.gpus.remote()
         """Reference that is ready when the process is there, with the numbers of its GPUs."""
         self._users: set[str] = set()
+        self.work = WorkQueue()
 
     def load(self, name: str, kind: type, arguments: tuple[Any, ...]) -> Any:
         """Reference that is ready when a teacher's weights are loaded; the process stays until they all left."""

@@ -73,6 +73,8 @@ class RunReport:
         self.started = clock()
         self.tally = Tally(self.started, planned, rows, workers or {}, expected or {})
         self.metrics = metrics
+        self.at_work: Callable[[], Mapping[str, float]] = dict
+        """Teacher -> seconds spent on shards that are not done yet; the engine knows."""
         self.notes: Counter[str] = Counter()
         self.last_notes: deque[dict[str, Any]] = deque(maxlen=KEPT_NOTES)
         self.samples: list[HostSample] = []
@@ -125,13 +127,13 @@ class RunReport:
 
     def stages(self) -> list[StageFigures]:
         """The stages as they are now."""
-        return self.tally.stages(self.clock())
+        return self.tally.stages(self.clock(), self.at_work())
 
     def figures(self, status: str, message: str = "") -> dict[str, Any]:
         """Everything that is known of the run, as plain values: the content of ``report.json``."""
         tally, moment = self.tally, self.clock()
         seconds = moment - self.started
-        stages = tally.stages(moment)
+        stages = tally.stages(moment, self.at_work())
         teachers = tally.teachers
         rows = sum(one.rows for one in teachers.values())
         prepared = stages[0]

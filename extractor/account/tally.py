@@ -217,8 +217,15 @@ class Tally:
         """Reason -> rows without a vector, over all teachers."""
         return sum((teacher.rejects for teacher in self.teachers.values()), Counter())
 
-    def stages(self, now: float) -> list[StageFigures]:
-        """All stages in the order of the flow, measured up to a time."""
+    def stages(self, now: float, at_work: Mapping[str, float] | None = None) -> list[StageFigures]:
+        """All stages in the order of the flow, measured up to a time.
+
+        Args:
+            now: The time.
+            at_work: Teacher -> seconds already spent on shards that are not done. A slow teacher's first shard may take
+                minutes; without it that teacher would count as idle so long.
+        """
+        under_way = at_work or {}
         everyone = self.teachers.values()
         distinct = {shard: rows for (shard, _), rows in self.prepared.items()}
         prepared = _Work(
@@ -232,16 +239,18 @@ class Tally:
             worked_rows=sum(one.worked_rows for one in everyone),
             busy_seconds=sum(one.write_seconds for one in everyone),
         )
-        embedded = [
-            self._stage(name, now, _Work(one.rows, one.worked_rows, one.model_seconds, one.recent), one)
-            for name, one in self.teachers.items()
-        ]
+        embedded = []
+        for name, one in self.teachers.items():
+            work = _Work(one.rows, one.worked_rows, one.model_seconds, one.recent, under_way.get(name, 0.0))
+            embedded.append(self._stage(name, now, work, one))
         return [self._stage(PREPARE, now, prepared), *embedded, self._stage(WRITE, now, written)]
 
     def _stage(self, name: str, now: float, work: _Work, teacher: TeacherTally | None = None) -> StageFigures:
         wall = max(now - self.started, 1e-9)
         workers = self.known_workers.get(name) or (teacher.workers() if teacher else None)
+        workers = workers or (1 if work.under_way else None)
         busy = work.busy_seconds or None
+        with_present = work.busy_seconds + work.under_way
         of_one = work.worked_rows / busy if busy else None
         recent = work.recent.at(now) if work.recent else None
         left = max(0, teacher.rows_planned - work.rows) if teacher else None
@@ -253,7 +262,7 @@ class Tally:
             files_planned=teacher.files_planned if teacher else None,
             busy_seconds=busy,
             workers=workers,
-            busy_share=busy / (wall * workers) if busy and workers else None,
+            busy_share=with_present / (wall * workers) if with_present and workers else None,
             rows_per_second=work.rows / wall if work.rows else None,
             recent_rows_per_second=recent,
             rows_per_worker_second=of_one,
@@ -270,6 +279,8 @@ class _Work(NamedTuple):
     worked_rows: int
     busy_seconds: float
     recent: RecentRate | None = None
+    under_way: float = 0.0
+    """Seconds spent on what is not done."""
 
 
 def bottleneck(stages: list[StageFigures]) -> str | None:

@@ -76,6 +76,30 @@ def test_nothing_is_promised_before_every_teacher_has_finished_something(lake):
     assert "left" not in display.line()
 
 
+def test_a_teacher_at_its_first_shard_is_not_idle(lake):
+    moment = [0.0]
+    report = RunReport(
+        lake,
+        "run-1",
+        {"a": 4, "b": 2},
+        {"a": 40, "b": 20},
+        0,
+        {},
+        workers={"prepare": 1},
+        clock=lambda: moment[0],
+    )
+    moment[0] = 100.0
+    report.add(event("a", 0, 100.0, model_seconds=5.0))
+    assert "bottleneck teacher=a (5 % busy)" in Display(report, console=not_a_terminal()).line()
+    report.at_work = lambda: {"b": 90.0}
+    assert "bottleneck teacher=b (90 % busy)" in Display(report, console=not_a_terminal()).line()
+    moment[0] = 101.0
+    report.add(event("b", 0, 101.0, model_seconds=91.0))
+    report.at_work = dict
+    (row,) = [stage for stage in report.stages() if stage.name == "teacher=b"]
+    assert row.busy_share == pytest.approx(91 / 101)
+
+
 def test_without_a_terminal_the_log_gets_a_first_line_early_and_then_at_its_pace(report, lines):
     with Display(report, every=0.2, console=not_a_terminal()) as display:
         display.show()
