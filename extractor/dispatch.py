@@ -7,7 +7,6 @@ and a file is encoded and stored by :class:`extractor.writers.Writers`.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -73,11 +72,11 @@ class Dispatcher:
 
     def at_work(self) -> dict[str, float]:
         """Teacher -> seconds that its processes have spent on shards that are not done, added up."""
-        seconds: Counter[str] = Counter()
+        seconds: dict[str, float] = {}
         for process in {seat.process for pool in self.pools.values() for seat in pool.seats}:
             if (found := process.work.at_work()) is not None:
-                seconds[found[0]] += found[1]
-        return dict(seconds)
+                seconds[found[0]] = seconds.get(found[0], 0.0) + found[1]
+        return seconds
 
     def submit(self, shard: int, block: Any, teachers: Iterable[str]) -> None:
         """Give a prepared shard (a reference to it) to those of the teachers that can still work."""
