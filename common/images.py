@@ -300,7 +300,7 @@ def _deep_colours(
     if rawmode == "LA;16B":  # as long as 8-bit RGBA
         loaded = _load(image, data, max_pixels, "RGBA", "RGBA")
         samples = np.asarray(loaded).view(">u2")
-        return loaded, _window(samples[..., :1], samples[..., 1])
+        return loaded, _window(samples[..., 0], samples[..., 1])
     kind, order = rawmode.replace("RGBa", "RGBA")[:-1], rawmode[-1]
     samples = np.asarray(_load(image, data, max_pixels, kind + order)).astype(np.uint16)
     samples <<= 8
@@ -631,7 +631,7 @@ def _window(values: np.ndarray, alpha: np.ndarray | None = None, white_is_zero: 
     """Stretch deep pixels from least to greatest over 0..255, as :func:`decode_rgb` says; of a constant, each is least.
 
     Args:
-        values: [height, width], or [height, width, 1 or 3]
+        values: [height, width], or [height, width, 3]
         alpha: 0 to 65535 [height, width]; None if all is opaque. What does not show at all is not measured.
         white_is_zero: Turn the result round.
     """
@@ -651,7 +651,7 @@ def _window(values: np.ndarray, alpha: np.ndarray | None = None, white_is_zero: 
             opacity = alpha[rows].astype(np.float64) / 65535
             band = 255 - (255 - band) * (opacity if band.ndim == 2 else opacity[..., None])
         done[rows] = np.rint(band)
-    return Image.fromarray(done[..., 0] if done.ndim == 3 and done.shape[-1] == 1 else done).convert("RGB")
+    return Image.fromarray(done).convert("RGB")
 
 
 def _over_white(image: Image.Image) -> Image.Image:
