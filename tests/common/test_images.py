@@ -163,7 +163,7 @@ def test_what_is_no_whole_picture_has_a_reason():
 
 
 def test_postscript_is_never_run():
-    assert reason_of(encoded(picture(8, 8), "EPS")) == "not an image"
+    assert reason_of(encoded(picture(8, 8), "EPS")) == "unsupported format: EPS"
 
 
 def test_first_frame_one_bit_and_gray():

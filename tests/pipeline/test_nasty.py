@@ -20,6 +20,7 @@ pytestmark = pytest.mark.ray
 
 REASONS = {  # every reason in use, in the words a person reads
     *("empty file", "not an image", "too many pixels", "truncated", "damaged", "non-finite pixels", "blank picture"),
+    *("unsupported mode", "unsupported format: FLI"),
 }
 REJECTED = {
     "zero_byte.jpg": "empty file",
@@ -29,12 +30,14 @@ REJECTED = {
     "micrograph_truncated_last_20_bytes.jpg": "truncated",
     "truncated_jpeg.jpg": "truncated",
     "truncated_image.png": "truncated",
-    "png_decompression_dos.png": "damaged",
+    "png_decompression_dos.png": "blank picture",
     "broken_data_stream.png": "damaged",
     "crash-2020-10-test.tif": "damaged",
-    "jpeg_dims_zero.jpg": "not an image",
-    "timeout-9139147ce93e20eb14088fe238e541443ffd64b3.fli": "not an image",
-    "oom-225817ca0f8c663be7ab4b9e717b02c661e66834.tif": "not an image",
+    "jpeg_dims_zero.jpg": "damaged",
+    "timeout-9139147ce93e20eb14088fe238e541443ffd64b3.fli": "unsupported format: FLI",
+    "oom-225817ca0f8c663be7ab4b9e717b02c661e66834.tif": "damaged",
+    "hopper_unknown_pixel_mode.tif": "unsupported mode",
+    "not_enough_data.jp2": "truncated",
     "all_black.png": "blank picture",
     "1x1.png": "blank picture",
     "nearblack_mri_0.jpg": "blank picture",
