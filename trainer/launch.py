@@ -13,9 +13,8 @@ import numpy as np
 import pyarrow.fs
 import ray
 
-from common import errors
 from common.config import fingerprint
-from common.errors import ClusterError, TrainError
+from common.errors import ClusterError, TrainError, from_row
 from common.lake import Lake, claim_partition
 from common.logs import logger
 from common.seeding import rng
@@ -200,8 +199,7 @@ def launch(lake: Lake, run: str, job: Job, data: TrainData, placement: Placement
     )
     fit(lake, run, job, data, placement)
     if storage.exists(ERROR):
-        error = storage.read_json(ERROR)
-        raise errors.__dict__[error["kind"]](error["message"])
+        raise from_row(storage.read_json(ERROR))
     return read_result(storage, run)
 
 

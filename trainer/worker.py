@@ -15,7 +15,7 @@ from ray.train.torch import get_device
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from common.errors import MmkdError, TrainError
+from common.errors import MmkdError, TrainError, to_row
 from common.logs import configure_logs, logger
 from common.seeding import seed_of
 from common.storage import Storage
@@ -44,7 +44,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     try:
         run_job(job, settings["data"], run)
     except MmkdError as error:
-        run.write_json(ERROR, {"kind": type(error).__name__, "message": str(error)})
+        run.write_json(ERROR, to_row(error))
         # Errors of the training itself happen on all workers at once; another's would leave the rest waiting.
         if ray.train.get_context().get_world_size() > 1 and not isinstance(error, TrainError):
             raise
