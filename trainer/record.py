@@ -226,7 +226,8 @@ class Recorder:
             tracker.close()
         best = best_checkpoint(self.run)
         if best is None:
-            logger.info("%s: no validation rows, so the newest checkpoint counts as the best", self.job.stage)
+            lacks = "validation loss that is a number" if len(self.job.validation_places) else "validation rows"
+            logger.info("%s: no %s, so the newest checkpoint counts as the best", self.job.stage, lacks)
         last = step_name(self.job.total_steps)
         self.run.write_json(
             RESULT,
