@@ -119,9 +119,7 @@ class Recorder:
         self.rows = [row for row in read_metrics(run) if row["step"] <= first_step]
         self.progress = Progress(job.stage, job.total_steps - first_step, "steps")
         self.late = LateWrites(run)
-        self.trackers = [
-            open_tracker(kind, run, job.stage, job.identity, self.late.write) for kind in job.scale.track
-        ]
+        self.trackers = [open_tracker(kind, run, job.stage, job.identity, self.late.write) for kind in job.scale.track]
         self.lines = b""
         """What metrics.jsonl holds of the rows, or soon will."""
         self.told = 0
@@ -223,8 +221,8 @@ class Recorder:
         prune(self.run, self.job.scale.keep_checkpoints)
 
     def _write_metrics(self) -> None:
-        # All workers would wait with this one for the storage. Only the version before must be there, so that they do not
-        # gather where the storage is slower than the training.
+        # All workers would wait with this one for the storage. Only the version before must be there: where the storage
+        # is slower than the training, they would gather.
         self.late.wait()
         self.lines += "".join(json.dumps(row) + "\n" for row in self.rows[self.told :]).encode()
         self.told = len(self.rows)

@@ -147,7 +147,9 @@ def test_options_name_only_what_is_asked_for():
     }
 
 
-@pytest.mark.parametrize(("version", "there"), [(None, "biomedclip, plip"), ("notebook", "biomedclip.notebook, plip.notebook")])
+@pytest.mark.parametrize(
+    ("version", "there"), [(None, "biomedclip, plip"), ("notebook", "biomedclip.notebook, plip.notebook")]
+)
 def test_a_placement_of_no_teacher_of_the_run_is_told(version, there):
     overrides = ["hardware.teachers.biomedclp.actors=4"]
     config = load_config(ExtractConfig, None, overrides, teachers=("plip", "biomedclip"), teacher_version=version)

@@ -10,7 +10,6 @@ from extractor.pools import last_line
 from extractor.writers import Writers
 
 
-
 @pytest.mark.parametrize("kind", [LeaseError, StorageError])
 def test_a_writers_error_is_its_sentence(kind):
     handle: Future = Future()

@@ -41,7 +41,9 @@ def test_a_task_finds_its_process_again_also_while_every_cpu_is_taken():
 
 def test_a_home_that_cannot_be_written_is_not_needed():
     """As of a container's user; root may write almost everywhere, but not below /proc."""
-    script = "from cluster.session import ray_session\nwith ray_session():\n    import ray\n    print(ray.is_initialized())"
+    script = (
+        "from cluster.session import ray_session\nwith ray_session():\n    import ray\n    print(ray.is_initialized())"
+    )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     done = subprocess.run(
         [sys.executable, "-c", script],
