@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from cluster.commands import extracting, importing, inspecting, models, operating, planning, tending, training
-from common.errors import MmkdError
+from common.errors import root_cause
 from common.logs import configure_logs
 from common.version import VERSION
 
@@ -56,27 +56,12 @@ def root(
     configure_logs(verbose)
 
 
-def find_user_error(error: BaseException | None) -> MmkdError | None:
-    """The project's own error at the root of a chain, also through Ray's wrappers; None if it is a bug."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        # Ray wraps a task's exception in one that is also an instance of it, with the remote traceback as text.
-        cause = getattr(error, "cause", None)
-        if isinstance(error, MmkdError) and not isinstance(cause, BaseException):
-            return error
-        failures = getattr(error, "worker_failures", None)
-        nested = next(iter(failures.values()), None) if isinstance(failures, dict) else None
-        error = cause if isinstance(cause, BaseException) else nested or error.__cause__ or error.__context__
-    return None
-
-
 def main() -> None:
     """Run the command; an error of the user's to mend is one paragraph on stderr and an exit code, mostly 1."""
     try:
         app()
     except Exception as error:
-        ours = find_user_error(error)
+        ours = root_cause(error)
         if ours is None:
             raise
         width = max(40, min(120, int(os.environ.get("COLUMNS", "100"))))

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from cluster.reaching import home_fault
+
 Check = tuple[bool, str]
 PACKAGES = ("ray", "torch", "torchvision", "open_clip_torch", "transformers", "pyarrow", "s3fs", "pydantic", "typer")
 
@@ -65,6 +67,17 @@ def check_shared_memory() -> Check:
     return gib >= 1, f"{gib:.1f} GiB free in /dev/shm (give containers --shm-size of 30 % of the memory)"
 
 
+def check_home() -> Check:
+    """The home folder can be written, or nothing is wanted there; a container's user often has none."""
+    home, fault = os.environ.get("HOME", "not set"), home_fault()
+    if fault is None:
+        return True, f"Ray finds or keeps its token (HOME={home})"
+    return False, (
+        f"{fault}; set HOME to a folder that can. Without one a local Ray starts all the same, `ray status` does not "
+        "reach it, and models need MMKD_CACHE and HF_HOME"
+    )
+
+
 def check_environment() -> Check:
     """Which credentials and addresses the environment names; never their values."""
     names = (
@@ -87,6 +100,7 @@ CHECKS: dict[str, Callable[[], Check]] = {
     "own code": check_own_packages,
     "gpu": check_gpus,
     "shared memory": check_shared_memory,
+    "home": check_home,
     "environment": check_environment,
 }
 

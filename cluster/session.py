@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from cluster.reaching import home_fault, insist_on_answer
 from common.errors import ClusterError
 from common.logs import logger
 
@@ -25,7 +27,7 @@ def ray_session(num_gpus: int | None = None) -> Iterator[None]:
         num_gpus: Logical GPUs of a local Ray; None lets Ray look.
 
     Raises:
-        ClusterError: The named cluster does not answer.
+        ClusterError: The named cluster does not answer, or a local Ray does not start.
     """
     # Spinning OpenMP threads starve the decode tasks beside them: on two busy cores, training was ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -50,14 +52,16 @@ def ray_session(num_gpus: int | None = None) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True, "configure_logging": True}
     try:
-        if address:
+        if address and address != "local":
             logger.info("joining the Ray cluster at %s", address)
+            insist_on_answer(address)
             ray.init(**quiet)
         else:
+            _need_no_home()
             cpus = max(os.cpu_count() or 1, MIN_LOGICAL_CPUS)
             logger.info("starting a local Ray (%d logical CPUs)", cpus)
             ray.init(address="local", num_cpus=cpus, num_gpus=num_gpus, include_dashboard=False, **quiet)
-    except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(
             f"Ray could not be reached or started (RAY_ADDRESS={address or 'not set'}): {error}. "
             "Unset RAY_ADDRESS to run on this machine, or check that the cluster is up with `ray status`."
@@ -66,3 +70,10 @@ def ray_session(num_gpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _need_no_home() -> None:
+    """Give a local Ray its token by the environment where it could not keep one below the home folder."""
+    if (fault := home_fault()) is not None:
+        logger.debug("Ray's token of this command is kept nowhere: %s", fault)
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # as Ray draws it

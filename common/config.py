@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -68,7 +68,8 @@ def load_config(kind: type[ConfigT], path: str | None, overrides: Iterable[str] 
     Args:
         kind: The step's configuration class.
         path: A local YAML file, or None for defaults.
-        overrides: ``key=value`` or ``outer.inner=value`` strings; values are read as YAML.
+        overrides: ``key=value`` or ``outer.inner=value`` strings; values are read as YAML. A name in a mapping may
+            have dots itself: ``teachers.pmc-clip.notebook.actors=4``.
         **flags: Command-line flags of the same names as fields; None means "not given".
 
     Raises:
@@ -84,7 +85,7 @@ def load_config(kind: type[ConfigT], path: str | None, overrides: Iterable[str] 
         if not mark:
             raise ConfigError(f"--set {item!r} has no '='; write --set key=value, for example --set seed=1.")
         try:
-            _assign(values, key.strip().split("."), yaml.safe_load(raw))
+            _assign(values, _names_along(kind, key.strip()), yaml.safe_load(raw))
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {item!r}: the value is not valid YAML ({error}).") from error
     values.update({key: value for key, value in flags.items() if value is not None})
@@ -112,6 +113,28 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}; expected a mapping of setting: value.")
     return content
+
+
+def _names_along(kind: type[BaseModel], key: str) -> list[str]:
+    """Take a dotted key apart, where a name in a mapping reaches to the first part that is a setting behind it."""
+    names: list[str] = []
+    kinds, parts = [kind], key.split(".")
+    while parts:
+        names.append(parts.pop(0))
+        fields = [one.model_fields[names[-1]].annotation for one in kinds if names[-1] in one.model_fields]
+        kinds = [inner for annotation in fields for inner in _classes_in(annotation)]
+        if parts and any(_is_mapping(annotation) for annotation in fields):
+            known = {name for one in kinds for name in one.model_fields}
+            # Nothing comes behind a name whose value is no group of settings. A mistyped setting ends a plain name.
+            mistyped = 1 if known else len(parts)
+            length = next((index for index in range(1, len(parts)) if parts[index] in known), mistyped)
+            names.append(".".join(parts[:length]))
+            del parts[:length]
+    return names
+
+
+def _is_mapping(annotation: Any) -> bool:
+    return get_origin(annotation) is dict or any(_is_mapping(argument) for argument in get_args(annotation))
 
 
 def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:

@@ -15,7 +15,14 @@ MmkdError
  +-- EvaluateError   nothing can be measured with what was given
  +-- ClusterError    Ray or the job server does not offer what was asked
  +-- StoppedError    a signal came; the run ended in good order
+
+From one process to another they travel as rows, by :func:`to_row` and :func:`from_row`: a class that only the sender
+knows, or a wrapper of Ray's around it, must not hide the sentence.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 class MmkdError(Exception):
@@ -81,3 +88,33 @@ class StoppedError(MmkdError):
     """A signal came and the run ended in good order; the exit code is the one a shell gives to SIGTERM."""
 
     exit_code = 143
+
+
+_TREE = {name: kind for name, kind in vars().items() if isinstance(kind, type) and issubclass(kind, MmkdError)}
+
+
+def to_row(error: MmkdError) -> dict[str, str]:
+    """An error as JSON-able data: the nearest class of the tree above, and the sentence."""
+    ours = root_cause(error) or error
+    kind = next(kind for kind in type(ours).__mro__ if _TREE.get(kind.__name__) is kind)
+    return {"kind": kind.__name__, "message": str(ours)}
+
+
+def from_row(row: Mapping[str, str]) -> MmkdError:
+    """The error of a row; a class that this version does not know becomes the base of all."""
+    return _TREE.get(row.get("kind", ""), MmkdError)(row.get("message", ""))
+
+
+def root_cause(error: BaseException | None) -> MmkdError | None:
+    """The project's own error at the root of a chain, also through Ray's wrappers; None if it is a bug."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        # Ray wraps a task's exception in one that is also an instance of it, with the remote traceback as text.
+        cause = getattr(error, "cause", None)
+        if isinstance(error, MmkdError) and not isinstance(cause, BaseException):
+            return error
+        failures = getattr(error, "worker_failures", None)
+        nested = next(iter(failures.values()), None) if isinstance(failures, dict) else None
+        error = cause if isinstance(cause, BaseException) else nested or error.__cause__ or error.__context__
+    return None

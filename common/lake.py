@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from common.config import differing_keys
-from common.errors import FingerprintError, LakeError
+from common.errors import FingerprintError, LakeError, StorageError
 from common.listing import FileMark, Place, list_marks
 from common.schemas import PAIRS, SCHEMA_VERSION, check_table
 from common.shard_files import locate, open_pack, shards_in
@@ -24,6 +25,9 @@ from common.shard_files import shard_name as shard_name  # the whole project kno
 from common.storage import Storage, absolute_address
 
 ID_RULE = "first 32 hex digits of sha256(source key, NUL, image sha256, NUL, captions joined by NUL)"
+OWNER = "mmkd.ingest"
+"""Key of a shard's file metadata that names the ingest it belongs to."""
+READ_THREADS = 16
 JOB_FOLDER = "/runtime_resources/working_dir_files/"
 """Part of the path of every submitted job's working directory (Ray's runtime environments)."""
 
@@ -69,13 +73,28 @@ class Lake:
     def _of_finished_ingests(self, present: list[int]) -> list[int]:
         if not self.storage.list_folders("ingest"):
             return present
-        # An unfinished ingest left shards that its next attempt may cut otherwise; embeddings must not build on them.
         finished: set[int] = set()
         for name in self.storage.list_files("ingests", ".json"):
             manifest = self.storage.read_json(f"ingests/{name}")
             first = int(manifest["first_shard"])
             finished.update(range(first, first + int(manifest["shards"])))
-        return [index for index in present if index in finished]
+        # An unfinished ingest left shards that its next attempt may cut otherwise; embeddings must not build on them.
+        # What was written by hand names no ingest, and stays.
+        unsure = [index for index in present if index not in finished]
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            left = {index for index, is_left in zip(unsure, pool.map(self._is_left, unsure), strict=True) if is_left}
+        return [index for index in present if index not in left]
+
+    def _is_left(self, index: int) -> bool:
+        """Whether a shard of pairs belongs to an ingest, going by its footer, or has gone meanwhile."""
+        try:
+            return OWNER in self.storage.read_metadata(f"pairs/{shard_name(index)}")[1]
+        except FileNotFoundError:  # the ingest has cleared it away
+            return True
+        except StorageError as error:
+            if isinstance(error.__cause__, pa.ArrowInvalid):  # no Parquet: whoever reads the shard says so
+                return False
+            raise
 
     def files(self, folder: str) -> list[int]:
         """Indices of the shards whose files are in a folder, whoever wrote them; packs of features are seen through."""

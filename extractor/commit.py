@@ -12,19 +12,16 @@ import numpy as np
 import pyarrow as pa
 
 from common.errors import LeaseError
-from common.lake import Lake, shard_name
+from common.lake import OWNER, READ_THREADS, Lake, shard_name
 from common.lease import Lease
 from common.logs import Progress, logger
 from common.schemas import PAIRS, REJECTS
 from extractor.staging import DIGEST_BYTES, StagedPart, rejects_name, staged_name
 from extractor.tasks import Workers
 
-READ_THREADS = 16
 REJECTS_PER_FILE = 50_000
 FEW_SHARDS = 4
 """So many are written sooner than a local Ray starts."""
-OWNER = "mmkd.ingest"
-"""Key of a shard's file metadata that names the ingest it belongs to."""
 
 Piece = tuple[str, int, int]
 """A run of rows of a staged file: its name, first row, number of rows."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from common.errors import ClusterError, LeaseError, MmkdError, ModelError, StoppedError
+from common.errors import ClusterError, LeaseError, MmkdError, ModelError, StoppedError, root_cause
 from common.lake import Lake
 from common.lease import Leases
 from common.logs import duration, logger
@@ -89,7 +89,8 @@ class Engine:
             status, message = STOPPED, str(error)
             raise
         except (MmkdError, ray.exceptions.RayError, KeyboardInterrupt) as error:
-            status, message = FAILED, str(error)
+            # Ray's wrapper of a sentence of ours is a traceback with colours, and this becomes a headline.
+            status, message = FAILED, str(root_cause(error) or error)
             raise
         finally:
             dispatcher.close()

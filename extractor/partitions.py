@@ -41,16 +41,22 @@ def describe_inputs(specs: list[ModelSpec], config: ExtractConfig) -> dict[str, 
     """Name of the partition -> the teacher that fills it, reduced to the towers that are asked for.
 
     Raises:
-        ConfigError: A teacher has nothing of what is asked for.
+        ConfigError: A teacher has nothing of what is asked for, or a placement is of a teacher that is none of them.
     """
+    names = [f"{spec.name}.{config.teacher_version}" if config.teacher_version else spec.name for spec in specs]
+    strange = sorted(set(config.hardware.teachers) - set(names))
+    if strange:
+        raise ConfigError(
+            f"hardware.teachers places {', '.join(strange)}, and no teacher of this run has that name (there are: "
+            f"{', '.join(sorted(names))}). Correct the name, or leave it out of hardware.teachers."
+        )
     inputs = {}
-    for spec in specs:
+    for name, spec in zip(names, specs, strict=True):
         description = restrict(describe_model(spec), config.towers)
         if description.image_dim is None and description.text_dim is None:
             raise ConfigError(
                 f"Teacher {spec.name!r} has no {config.towers} tower. Leave it out, or use --towers both."
             )
-        name = f"{spec.name}.{config.teacher_version}" if config.teacher_version else spec.name
         inputs[name] = TeacherInput(spec, description, name, config.stored_precision)
     return inputs
 

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from common.errors import ModelError
+from common.errors import ModelError, root_cause
 from common.logs import logger
 from extractor.placement import TeacherPlacement, ray_options
 from extractor.teachers import Embedded
@@ -24,8 +24,6 @@ SEAT_SECONDS = 30
 """So long may a teacher take to be placed before the next is asked for; after that the rest is asked for at once."""
 MAX_FAILED_STARTS = 3
 """So often in a row may an actor's process die while it loads; its place is given up then."""
-OWN_ERROR = "common.errors."
-"""In the text of a remote error that is one of this project's."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +218,7 @@ class TeacherPool:
         try:
             self.logit_scale = ray.get(loading)
         except ray.exceptions.RayError as error:
-            if OWN_ERROR in str(error):
+            if root_cause(error) is not None:
                 self.fail(f"it did not load: {last_line(error)}")
             else:
                 self._replace(seat, seat.failed_starts + 1, last_line(error))
@@ -361,7 +359,8 @@ def wait_until_seated(pools: dict[str, TeacherPool], stopped: Callable[[], objec
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of a remote traceback: what actually went wrong, in this project's own words if they are."""
+    """What actually went wrong: this project's own words if they are, else the last line of a remote traceback."""
+    if (ours := root_cause(error)) is not None:
+        return str(ours)
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    text = lines[-1].strip() if lines else type(error).__name__
-    return text.partition(": ")[2] if text.startswith(OWN_ERROR) else text
+    return lines[-1].strip() if lines else type(error).__name__

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from common.errors import ClusterError, MmkdError
+from common.errors import ClusterError, MmkdError, from_row, to_row
 from common.gate import Gate, GateKeeper, gate_options
 from common.logs import duration
 from extractor.prepare import Prepare
@@ -66,8 +66,8 @@ class PreparedShards:
                     self.close()
                 yield shard, block
         except MmkdError as error:
-            cause = getattr(error, "cause", error)
-            raise type(cause)(str(cause).partition(_ADVICE)[0]) from error
+            row = to_row(error)
+            raise from_row({**row, "message": row["message"].partition(_ADVICE)[0]}) from error
         finally:
             self.close()
 

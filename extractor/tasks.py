@@ -16,12 +16,11 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
-from common.errors import MmkdError, SourceError, StoppedError, StorageError
+from common.errors import MmkdError, StoppedError, StorageError, from_row, to_row
 from common.processes import has_few_cores, usable_cores
 
-KINDS = {kind.__name__: kind for kind in (SourceError, StorageError)}
-"""Errors that keep their class on the way back; others of ours become a StorageError with the same words."""
-
+KEPT = " What was finished is kept: run the same command again to go on from there."
+"""Behind an error's own words."""
 _OF_THREAD = threading.local()
 
 
@@ -87,8 +86,8 @@ class Workers:
             answers = _through_ray(rows, task, arguments)
         for row in answers:
             if row["error"]:
-                kind = KINDS.get(row["error_kind"], StorageError)
-                raise kind(f"{row['error']} What was finished is kept: run the same command again to go on from there.")
+                error = json.loads(row["error"])
+                raise from_row({**error, "message": error["message"] + KEPT})
             yield row["index"], json.loads(row["answer"])
 
     def share(self) -> AbstractContextManager[None]:
@@ -140,11 +139,11 @@ def _through_ray(
 
 
 def _run_one(row: dict[str, Any], task: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any]:
-    answer, error_kind, message = None, "", ""
+    answer, failure = None, ""
     try:
         answer = task(json.loads(row["item"]), *arguments)
     except MmkdError as error:
-        error_kind, message = type(error).__name__, str(error)
+        failure = json.dumps(to_row(error))
     except OSError as error:  # a source that vanished or broke off while it was read
-        error_kind, message = StorageError.__name__, f"Reading or writing failed: {type(error).__name__}: {error}."
-    return {"index": row["index"], "answer": json.dumps(answer), "error_kind": error_kind, "error": message}
+        failure = json.dumps(to_row(StorageError(f"Reading or writing failed: {type(error).__name__}: {error}.")))
+    return {"index": row["index"], "answer": json.dumps(answer), "error": failure}

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from common.errors import MmkdError, from_row, to_row
 from common.processes import has_few_cores
 from extractor.writing import WriteOrder, write_file
 
@@ -54,7 +55,10 @@ class Writers:
             MmkdError: The storage is gone, or the lake is another run's.
             RayError: The embeddings were lost with their machine, or a task with its process.
         """
-        found: Any = handle.result() if isinstance(handle, Future) else ray.get(handle)
+        try:
+            found: Any = handle.result() if isinstance(handle, Future) else ray.get(handle)
+        except MmkdError as error:
+            raise from_row(to_row(error)) from error  # in its own words: a task's comes as Ray's traceback
         return found[0], found[1]
 
     def close(self, handles: Iterable[Handle]) -> None:

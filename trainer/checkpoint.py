@@ -8,6 +8,7 @@ manifest that holds is torn and is ignored. Each folder is also an open_clip mod
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -164,7 +165,9 @@ def best_checkpoint(run: Storage) -> Checkpoint | None:
 
 
 def record_best(run: Storage, step: int, value: float) -> bool:
-    """Note a checkpoint's validation loss; returns whether it is the run's least so far."""
+    """Note a checkpoint's validation loss; returns whether it is the run's least so far, which NaN never is."""
+    if not math.isfinite(value):
+        return False
     try:
         least = run.read_json(BEST)
     except FileNotFoundError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import logging
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
-from common import errors
-from common.errors import MmkdError, TrainError
+from common.errors import MmkdError, TrainError, from_row, to_row
 from common.gate import Gate, GateKeeper, gate_options
 from trainer.data import Batch, TrainData, block_bytes, decode_block, read_blocks, rows_per_block, split_batches
 from trainer.order import Segment, worker_lanes
@@ -194,13 +194,13 @@ def _decode_or_say(data: TrainData, block: pa.Table) -> pa.Table:
 
 
 def _error_block(error: MmkdError) -> pa.Table:
-    return pa.table({"error": [type(error).__name__], "message": [str(error)]})
+    return pa.table({"error": [json.dumps(to_row(error))]})
 
 
 def _checked(block: pa.Table) -> pa.Table:
     """The block, or the error that took its place."""
     if "error" in block.column_names:
-        raise errors.__dict__[block["error"][0].as_py()](block["message"][0].as_py())
+        raise from_row(json.loads(block["error"][0].as_py()))
     return block
 
 

@@ -16,9 +16,8 @@ import numpy as np
 import pyarrow.fs
 import ray
 
-from common import errors
 from common.config import fingerprint
-from common.errors import ClusterError, StoppedError, TrainError
+from common.errors import ClusterError, StoppedError, TrainError, from_row
 from common.lake import Lake, claim_partition
 from common.logs import logger
 from common.seeding import rng
@@ -210,8 +209,7 @@ def launch(lake: Lake, run: str, job: Job, data: TrainData, placement: Placement
     with StopSignals() as stop:
         _fit_or_stop(functools.partial(fit, lake, run, job, data, placement), stop, storage)
     if storage.exists(ERROR):
-        error = storage.read_json(ERROR)
-        raise errors.__dict__[error["kind"]](error["message"])
+        raise from_row(storage.read_json(ERROR))
     if not storage.exists(RESULT) and stop.asked:
         saved = newest_checkpoint(storage)
         raise StoppedError(

@@ -32,6 +32,7 @@ from trainer.checkpoint import (
 )
 from trainer.config import OptimConfig, ScaleConfig
 from trainer.data import TrainData, validation_batches
+from trainer.late_writes import LateWrites
 from trainer.loop import StepReport, validation_loss
 from trainer.objectives import Objective
 from trainer.optim import load_optimizer_tensors, optimizer_tensors
@@ -117,7 +118,12 @@ class Recorder:
         # Rows of steps after the checkpoint are written again, by the same steps done again.
         self.rows = [row for row in read_metrics(run) if row["step"] <= first_step]
         self.progress = Progress(job.stage, job.total_steps, "steps", done=first_step)
-        self.trackers = [open_tracker(kind, run, job.stage, job.identity) for kind in job.scale.track]
+        self.late = LateWrites(run)
+        self.trackers = [open_tracker(kind, run, job.stage, job.identity, self.late.write) for kind in job.scale.track]
+        self.lines = b""
+        """What metrics.jsonl holds of the rows, or soon will."""
+        self.told = 0
+        """Rows that are in it."""
         self.seconds = self.waited = 0.0
         self.samples = 0
         self.shown = Pace()
@@ -134,7 +140,7 @@ class Recorder:
             report: What the step did.
             seen: For a metric row: the place and the digest of each row of the global batch, int64 [N, 2].
             saves: Whether to save a checkpoint.
-            validates: Whether to validate before that; a run that is to end has no time for it.
+            validates: Whether to validate before that; what is saved for the case of an accident need not be.
         """
         self.seconds += report.seconds
         self.waited += report.wait_seconds
@@ -164,6 +170,7 @@ class Recorder:
             return
         try:
             self._write_metrics()
+            self.late.wait()
         except (MmkdError, OSError) as error:
             logger.warning("%s: the last metric rows are lost: %s", self.job.stage, error)
 
@@ -210,14 +217,19 @@ class Recorder:
         }
         # The checkpoint comes last of the three: after a kill between them its step is done, and noted, once more.
         self._write_metrics()
+        self.late.wait()
         if "validation" in row:
             record_best(self.run, report.step, row["validation"])
         save_checkpoint(self.run, report.step, tensors, state, self.data.architecture)
         prune(self.run, self.job.scale.keep_checkpoints)
 
     def _write_metrics(self) -> None:
-        text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        self.run.write_bytes(METRICS, text.encode())
+        # All workers would wait with this one for the storage. Only the version before must be there: where the storage
+        # is slower than the training, they would gather.
+        self.late.wait()
+        self.lines += "".join(json.dumps(row) + "\n" for row in self.rows[self.told :]).encode()
+        self.told = len(self.rows)
+        self.late.write(METRICS, self.lines)
         for tracker in self.trackers:
             tracker.log(self.rows)
         self.written = time.monotonic()
@@ -227,9 +239,11 @@ class Recorder:
         self.progress.say()
         for tracker in self.trackers:
             tracker.close()
+        self.late.wait()
         best = best_checkpoint(self.run)
         if best is None:
-            logger.info("%s: no validation rows, so the newest checkpoint counts as the best", self.job.stage)
+            lacks = "validation loss that is a number" if len(self.job.validation_places) else "validation rows"
+            logger.info("%s: no %s, so the newest checkpoint counts as the best", self.job.stage, lacks)
         last = step_name(self.job.total_steps)
         self.run.write_json(
             RESULT,

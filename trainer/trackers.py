@@ -7,8 +7,9 @@ behind it again; TensorBoard's file is then written anew, the others keep what t
 from __future__ import annotations
 
 import importlib.util
+import struct
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,7 +49,13 @@ def check_trackers(kinds: Sequence[str]) -> None:
         )
 
 
-def open_tracker(kind: str, run: Storage, stage: str, identity: dict[str, Any]) -> Tracker:
+def open_tracker(
+    kind: str,
+    run: Storage,
+    stage: str,
+    identity: dict[str, Any],
+    write: Callable[[str, bytes], None] | None = None,
+) -> Tracker:
     """A tracker of a run.
 
     Args:
@@ -56,38 +63,17 @@ def open_tracker(kind: str, run: Storage, stage: str, identity: dict[str, Any]) 
         run: The run's folder, whose address names the run.
         stage: For people.
         identity: What the run is; becomes its parameters.
+        write: Stores a file in the run's folder; by default at once.
     """
     name = run.uri.rstrip("/").rsplit("/", 1)[-1]
     if kind == "tensorboard":
-        return TensorBoard(run)
+        return TensorBoard(write or run.write_bytes)
     return (MLflow if kind == "mlflow" else WeightsAndBiases)(name, fingerprint(run.uri), stage, identity)
 
 
 def scalars(row: dict[str, Any]) -> dict[str, float]:
     """The numbers of a row that make a curve."""
     return {name: float(value) for name, value in row.items() if name not in UNTRACKED and value is not None}
-
-
-class TensorBoard:
-    """An event file in the run's folder, wherever that is; TensorBoard itself is needed only to look at it."""
-
-    def __init__(self, run: Storage) -> None:
-        self.run = run
-
-    def log(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Write the file anew."""
-        from tensorboardX import SummaryWriter
-
-        with tempfile.TemporaryDirectory() as folder:
-            with SummaryWriter(folder) as writer:
-                for row in rows:
-                    for name, value in scalars(row).items():
-                        writer.add_scalar(name, value, row["step"], row.get("at"))
-            (file,) = Path(folder).iterdir()
-            self.run.write_bytes(EVENTS, file.read_bytes())
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 class _Continued:
@@ -101,6 +87,46 @@ class _Continued:
         found = [row for row in rows if row["step"] > self.last_step]
         self.last_step = max((row["step"] for row in found), default=self.last_step)
         return found
+
+
+class TensorBoard(_Continued):
+    """An event file in the run's folder, wherever that is; TensorBoard itself is needed only to look at it.
+
+    Args:
+        write: Stores a file, by its name in the run's folder.
+    """
+
+    def __init__(self, write: Callable[[str, bytes], None]) -> None:
+        super().__init__()
+        self._write = write
+        self._records = b""
+
+    def log(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write the file with the new rows behind those that it has; only they cost time."""
+        more = _as_records(self.new(rows))
+        self._records += more[_first_length(more) :] if self._records else more
+        self._write(EVENTS, self._records)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _as_records(rows: Sequence[dict[str, Any]]) -> bytes:
+    """Rows as an event file has them, behind the record that begins every such file."""
+    from tensorboardX import SummaryWriter
+
+    with tempfile.TemporaryDirectory() as folder:
+        with SummaryWriter(folder) as writer:
+            for row in rows:
+                for name, value in scalars(row).items():
+                    writer.add_scalar(name, value, row["step"], row.get("at"))
+        (file,) = Path(folder).iterdir()
+        return file.read_bytes()
+
+
+def _first_length(records: bytes) -> int:
+    """Bytes of the first record: its length, a checksum, the event, a checksum."""
+    return 8 + 4 + int(struct.unpack_from("<Q", records)[0]) + 4
 
 
 class MLflow(_Continued):

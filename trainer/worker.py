@@ -15,7 +15,7 @@ from ray.train.torch import get_device
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from common.errors import MmkdError, TrainError
+from common.errors import MmkdError, TrainError, to_row
 from common.logs import configure_logs, logger
 from common.seeding import seed_of
 from common.storage import Storage
@@ -45,7 +45,7 @@ def train_worker(settings: dict[str, Any]) -> None:
     try:
         run_job(job, settings["data"], run)
     except MmkdError as error:
-        run.write_json(ERROR, {"kind": type(error).__name__, "message": str(error)})
+        run.write_json(ERROR, to_row(error))
         # Errors of the training itself happen on all workers at once; another's would leave the rest waiting.
         if ray.train.get_context().get_world_size() > 1 and not isinstance(error, TrainError):
             raise
@@ -86,7 +86,8 @@ def run_job(job: Job, data_ref: ray.ObjectRef, run: Storage) -> None:
         for report in train(batches, model, parts.objective, parts.optimizer, plan, first_step, no_sync):
             all_wish = agreement.decide(Wishes() if wisher is None else wisher.wishes())
             is_last = report.step == job.total_steps
-            saves = is_last or all_wish.stop or all_wish.save or report.step % job.scale.checkpoint_every == 0
+            validates = is_last or report.step % job.scale.checkpoint_every == 0
+            saves = validates or all_wish.stop or all_wish.save
             logs = saves or report.step % job.scale.log_every == 0
             # A collective: all workers take part, the first one writes.
             seen = None
@@ -95,7 +96,7 @@ def run_job(job: Job, data_ref: ray.ObjectRef, run: Storage) -> None:
                 digests = np.stack([report.batch.place_B, digest_rows(report.batch)], axis=1)
                 seen = gather_constant(torch.from_numpy(digests).to(device)).cpu().numpy()
             if recorder is not None and wisher is not None:
-                recorder.add(report, seen, saves, validates=is_last or not all_wish.stop)
+                recorder.add(report, seen, saves, validates)
                 if saves:
                     wisher.saved()
             if saves:

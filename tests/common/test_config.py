@@ -33,11 +33,41 @@ class Outer(StrictModel):
         return self
 
 
+class Labelled(StrictModel):
+    labels: dict[str, str] | None = None
+
+
 def test_defaults_file_overrides_and_flags_apply_in_that_order(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("name: from-file\ninner:\n  rate: 2\n")
     config = load_config(Outer, str(file), ["inner.rate=3"], name="from-flag")
     assert (config.name, config.inner.rate) == ("from-flag", 3.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("more.plain.rate=3", {"plain"}),
+        ("more.with.a.dot.rate=3", {"with.a.dot"}),
+        ("more.rate.rate=3", {"rate"}),
+    ],
+)
+def test_a_name_in_a_mapping_may_have_dots(override, names):
+    more = load_config(Outer, None, [override]).more
+    assert set(more) == names
+    assert next(iter(more.values())).rate == 3
+
+
+def test_a_name_that_stands_for_a_value_may_have_dots():
+    assert load_config(Labelled, None, ["labels.ray.io/zone=a", "labels.pool=b"]).labels == {
+        "ray.io/zone": "a",
+        "pool": "b",
+    }
+
+
+def test_a_mistyped_setting_behind_a_name_is_told():
+    with pytest.raises(ConfigError, match=r"more\.a\.rat is not a setting \(known in more\.a: rat"):
+        load_config(Outer, None, ["more.a.rat=3"])
 
 
 def test_a_flag_that_was_not_given_changes_nothing():

@@ -3,6 +3,7 @@ import pytest
 
 from common.errors import FingerprintError, LakeError
 from common.lake import (
+    OWNER,
     check_partition,
     check_same_samples,
     claim_partition,
@@ -109,6 +110,8 @@ def test_teachers_must_have_been_extracted(make_lake, tmp_path):
 def test_pairs_of_an_unfinished_ingest_do_not_count(make_lake, tmp_path):
     lake = make_lake(tmp_path / "lake", rows=24, shard_rows=8)
     lake.storage.write_json("ingests/first.json", {"first_shard": 0, "shards": 1})
+    for index, ingest in enumerate(("first", "killed", "killed")):
+        lake.storage.write_table(f"pairs/{shard_name(index)}", lake.read_pairs(index), {OWNER: ingest})
     assert lake.shards() == [0, 1, 2]
     lake.storage.write_bytes("ingest/killed/part-000000.json", b"{}")
     assert lake.shards() == [0]

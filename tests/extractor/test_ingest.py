@@ -117,6 +117,21 @@ def test_shards_of_a_killed_ingest_are_removed_and_foreign_ones_stay(source, tmp
     assert (done.first_shard, done.shards, lake.files("pairs")) == (1, 2, [0, 1, 2])
 
 
+def test_while_an_ingest_is_staged_only_its_own_shards_do_not_count(source, tmp_path):
+    lake = create_lake(str(tmp_path / "lake"), 2)
+    by_hand = pa.table({field.name: pa.array([], field.type) for field in PAIRS}, schema=PAIRS)
+    lake.storage.write_table("pairs/shard-000000.parquet", by_hand)
+    staged = stage_all(lake, source, IngestConfig())
+    assert lake.storage.list_folders("ingest"), "it is still staged"
+    assert lake.shards() == list(lake.pair_marks()) == [0]
+    commit(lake, "id", staged, 1, HereOnly())
+    lake.storage.write_bytes("pairs/shard-000007.parquet", b"no Parquet: whoever reads it says so")
+    assert lake.files("pairs") == [0, 1, 2, 3, 4, 7]
+    assert lake.shards() == list(lake.pair_marks()) == [0, 7]
+    lake.storage.write_json("ingests/id.json", {"ingest_id": "id", "first_shard": 1, "shards": 4})
+    assert lake.shards() == [0, 1, 2, 3, 4, 7]
+
+
 def test_a_commit_that_was_killed_goes_on_and_ends_the_same(source, tmp_path):
     lake = create_lake(str(tmp_path / "lake"), 1)
     staged = stage_all(lake, source, IngestConfig())

@@ -1,6 +1,9 @@
 import pytest
 
-from common.errors import ClusterError
+from common.config import load_config
+from common.errors import ClusterError, ConfigError
+from extractor.config import ExtractConfig
+from extractor.partitions import describe_inputs, find_teachers
 from extractor.placement import ClusterResources, Node, TeacherPlacement, place, ray_options
 
 NINE = tuple("abcdefghi")
@@ -142,3 +145,18 @@ def test_options_name_only_what_is_asked_for():
         "label_selector": {"pool": "old"},
         "resources": {"licence": 1},
     }
+
+
+@pytest.mark.parametrize(
+    ("version", "there"), [(None, "biomedclip, plip"), ("notebook", "biomedclip.notebook, plip.notebook")]
+)
+def test_a_placement_of_no_teacher_of_the_run_is_told(version, there):
+    overrides = ["hardware.teachers.biomedclp.actors=4"]
+    config = load_config(ExtractConfig, None, overrides, teachers=("plip", "biomedclip"), teacher_version=version)
+    with pytest.raises(ConfigError, match=rf"places biomedclp, and no teacher of this run.*there are: {there}\)"):
+        describe_inputs(find_teachers(config), config)
+
+
+def test_a_teacher_whose_name_has_a_dot_is_placed_from_the_command_line():
+    config = load_config(ExtractConfig, None, ["hardware.teachers.pmc-clip.notebook.actors=4"])
+    assert config.hardware.teachers == {"pmc-clip.notebook": TeacherPlacement(actors=4)}

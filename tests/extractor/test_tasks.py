@@ -7,7 +7,7 @@ import time
 import pytest
 
 from common import processes
-from common.errors import SourceError, StorageError
+from common.errors import LakeError, SourceError, StorageError
 from extractor.tasks import Workers, insist_on_going
 
 
@@ -34,6 +34,8 @@ def fail(number):
         raise SourceError("Row 7 is not there.")
     if number == 2:
         raise FileNotFoundError(2, "No such file", "pairs.jsonl")
+    if number == 3:
+        raise LakeError("The lake is of another version.")
     return number
 
 
@@ -62,7 +64,12 @@ def test_they_work_side_by_side():
 
 
 @pytest.mark.parametrize(
-    ("number", "kind", "words"), [(1, SourceError, "Row 7 is not there"), (2, StorageError, "pairs.jsonl")]
+    ("number", "kind", "words"),
+    [
+        (1, SourceError, "Row 7 is not there"),
+        (2, StorageError, "pairs.jsonl"),
+        (3, LakeError, "The lake is of another version"),
+    ],
 )
 def test_an_error_is_the_users_sentence(number, kind, words):
     with Workers(refuse) as workers, pytest.raises(kind, match=rf"{words}.*run the same command again"):

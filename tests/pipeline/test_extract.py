@@ -3,7 +3,8 @@ import hashlib
 import pyarrow as pa
 import pytest
 
-from common.errors import FingerprintError, ModelError
+from common import processes
+from common.errors import FingerprintError, ModelError, StorageError
 from extractor.config import ExtractConfig, ViewsConfig
 from extractor.pipeline import extract
 from extractor.tending.verify import verify
@@ -52,6 +53,18 @@ class TestExtract:
         again = extract(lake.uri, config)
         assert (again.shards, again.skipped, sum(again.forwards.values())) == (0, 9, 0)
         assert file_hashes(lake) == before
+
+    def test_what_a_writer_met_is_the_headline_of_the_account(self, make_lake, teachers, tmp_path, monkeypatch):
+        monkeypatch.setattr(processes, "FEW_CORES", 0)  # so that a task of Ray's writes, and its error travels
+        lake = make_lake(tmp_path / "lake", rows=8, shard_rows=8, damaged=(3,))
+        lake.storage.write_bytes("rejects/stage=extract/teacher=a", b"a file where a folder should be")
+        with pytest.raises(StorageError) as raised:
+            extract(lake.uri, ExtractConfig(teachers=named(teachers, "a"), max_reject_fraction=0.5))
+        (run,) = lake.storage.list_folders("runs")
+        message = lake.storage.read_json(f"runs/{run}/report.json")["message"]
+        assert message == str(raised.value)
+        assert message.startswith("Could not write")
+        assert "\x1b" not in message
 
     def test_only_what_is_missing_is_computed(self, make_lake, teachers, tmp_path):
         lake = make_lake(tmp_path / "lake", rows=20, shard_rows=8)

@@ -1,5 +1,6 @@
 """A local Ray as a command starts it."""
 
+import os
 import subprocess
 import sys
 
@@ -36,3 +37,19 @@ def test_a_task_finds_its_process_again_also_while_every_cpu_is_taken():
     """Ray by itself ends it after a second, and each shard would wait for a new Python."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["same"], done.stderr
+
+
+def test_a_home_that_cannot_be_written_is_not_needed():
+    """As of a container's user; root may write almost everywhere, but not below /proc."""
+    script = (
+        "from cluster.session import ray_session\nwith ray_session():\n    import ray\n    print(ray.is_initialized())"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**environment, "HOME": "/proc"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split() == ["True"], done.stderr

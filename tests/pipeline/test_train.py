@@ -290,6 +290,16 @@ def test_a_broken_shard_is_one_clear_error(ray_local, place, one_worker, tmp_pat
         train_stage2(lake, "x", one_worker.last, stage2_config())
 
 
+def test_a_damaged_pack_is_one_clear_error(ray_local, place, one_worker, tmp_path):
+    from trainer.stage2 import train_stage2
+
+    lake = helpers().write_lake(str(tmp_path / "lake"))
+    Storage(lake).remove("features/teacher=alpha/shard-000001.parquet")
+    Storage(lake).write_bytes("features/teacher=alpha/shards-000001-000001.parquet", b"a pack of which nothing is left")
+    with pytest.raises(LakeError, match=r"shards-000001-000001\.parquet is damaged.*mmkd verify"):
+        train_stage2(lake, "x", one_worker.last, stage2_config())
+
+
 def driver(place, run, stage=1) -> subprocess.Popen:
     """A driver of its own, with its own Ray, that trains on two workers."""
     code = (

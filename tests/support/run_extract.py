@@ -29,8 +29,8 @@ class CountedTeacher(Teacher):
 
 
 def main() -> None:
-    from cluster.cli import find_user_error
     from cluster.session import ray_session
+    from common.errors import root_cause
     from common.logs import configure_logs
 
     configure_logs()
@@ -49,7 +49,7 @@ def main() -> None:
 
             extract(lake, config, CountedTeacher)
     except Exception as error:
-        ours = find_user_error(error)
+        ours = root_cause(error)
         if ours is None:
             raise
         print(f"mmkd: {ours}", file=sys.stderr)

@@ -83,6 +83,18 @@ def test_a_run_folder_opens_its_best_checkpoint(run, save):
     assert load_checkpoint(run.uri).step == 3
 
 
+def test_a_loss_that_is_no_number_is_never_the_best(run, save):
+    save(run, 1)
+    assert not record_best(run, 1, float("nan"))
+    assert load_checkpoint(run.uri).step == 1, "without a best one the newest counts"
+    for step, value in ((2, 0.5), (3, float("nan")), (4, float("inf")), (5, 0.6)):
+        save(run, step)
+        assert record_best(run, step, value) == (step == 2)
+    assert load_checkpoint(run.uri).step == 2
+    prune(run, keep=1)
+    assert checkpoint_steps(run) == [2, 5]
+
+
 def test_pruning_keeps_the_newest_and_the_best(run, save):
     for step in range(1, 6):
         save(run, step)

@@ -3,8 +3,12 @@
 import time
 
 import numpy as np
+import pytest
 import torch
 
+from common.errors import StorageError
+from common.storage import Storage
+from trainer.late_writes import LateWrites
 from trainer.loop import StepNumbers, StepReport
 from trainer.record import Pace, describe_terms
 
@@ -40,3 +44,30 @@ def test_what_is_waited_for_a_step_at_a_row_of_the_log_is_its_time():
     assert once >= 1.05
     late.settle()
     assert late.seconds - once < 0.05
+
+
+class Slow(Storage):
+    """A storage that is far away."""
+
+    def write_bytes(self, relative, data):
+        time.sleep(0.1)
+        super().write_bytes(relative, data)
+
+
+def test_a_file_is_stored_beside_the_training_and_the_newest_version_stays(tmp_path):
+    run = Slow(str(tmp_path))
+    late, begun = LateWrites(run), time.monotonic()
+    for version in (b"1\n", b"1\n2\n"):
+        late.write("metrics.jsonl", version)
+    assert time.monotonic() - begun < 0.1
+    late.wait()
+    assert run.read_bytes("metrics.jsonl") == b"1\n2\n"
+
+
+def test_what_cannot_be_stored_is_told_to_whoever_waits(tmp_path):
+    (tmp_path / "runs").write_text("a file where a folder should be")
+    late = LateWrites(Storage(str(tmp_path / "runs" / "r")))
+    late.write("metrics.jsonl", b"1\n")
+    with pytest.raises(StorageError, match="metrics.jsonl"):
+        late.wait()
+    late.wait()  # once

@@ -50,6 +50,17 @@ def test_tensorboard_gets_every_number_of_every_row_once(tmp_path):
     assert len(list((tmp_path / "runs" / "one" / "tensorboard").iterdir())) == 1
 
 
+def test_a_row_that_was_given_is_not_worked_on_again(tmp_path):
+    """Hours into a run the rows of a minute must not cost as much as all before them."""
+    run = Storage(str(tmp_path / "runs" / "one"))
+    tracker = open_tracker("tensorboard", run, "stage 1", {})
+    tracker.log(ROWS[:2])
+    first = run.read_bytes(EVENTS)
+    tracker.log([{"step": 1}, {"step": 2}, *ROWS[2:]])
+    assert run.read_bytes(EVENTS).startswith(first)
+    assert [step for step, _, _ in curves(run.read_bytes(EVENTS))["total"]] == [1, 2, 3, 4]
+
+
 def test_a_missing_package_is_told_before_training(monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     check_trackers(("tensorboard",))
