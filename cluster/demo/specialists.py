@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from cluster.config import DemoConfig
 from cluster.demo.architectures import model_folder_config, small_clip
 from cluster.demo.tokenizer import build_tokenizer
 from common.images import decode_rgb, fit
 from common.logs import Progress
+from common.models.convert import save_tensors
 from common.models.spec import Geometry
 from common.seeding import rng, seed_of
 from common.storage import Storage
@@ -95,7 +95,7 @@ def train_specialist(specialist: Specialist, corpus: Corpus, folder: Path, confi
     for report in train(_batches(corpus, tokens, specialist.name, config), student, objective, optimizer, plan, 0):
         progress.advance(1, f"loss {report.terms['total']:.2f}")
     log_scale = float(objective.scale.log.detach())
-    save_file(student.tensors(log_scale), str(folder / "open_clip_model.safetensors"))
+    save_tensors(student.tensors(log_scale), folder / "open_clip_model.safetensors")
 
 
 def _batches(corpus: Corpus, tokens: list[np.ndarray], name: str, config: DemoConfig) -> Iterator[Batch]:

@@ -90,13 +90,20 @@ def convert_trusted(source: Path, target: Path) -> dict[str, Any]:
 
 
 def save_tensors(tensors: Mapping[str, Any], target: Path) -> None:
-    """Write named tensors as safetensors; tensors that share memory get memory of their own."""
+    """Write named tensors as safetensors; tensors that share memory get memory of their own.
+
+    The file gets the mode that any other new file gets. safetensors from 0.8 on writes a private temporary file and
+    renames it, and nobody but its owner could read a model in a shared folder.
+    """
     import torch
     from safetensors.torch import save_file
 
     plain = {name: value.detach().contiguous().clone() for name, value in tensors.items()}
     assert all(isinstance(value, torch.Tensor) for value in plain.values())
+    with open(target, "ab") as stream:  # the umask cannot be asked without changing it for the whole process
+        mode = os.fstat(stream.fileno()).st_mode & 0o7777
     save_file(plain, str(target), metadata={"format": "pt"})
+    target.chmod(mode)
 
 
 def named_tensors(content: Any, where: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -28,7 +29,9 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
 )
 CHECKPOINT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".torch")
-CONFIG_FILES = ("open_clip_config.json", "config.json", "preprocessor_config.json")
+INDEX = ".index.json"
+"""End of the name of a file that lists the parts of a checkpoint too large for one file, tensor by tensor."""
+CONFIG_FILES = ("open_clip_config.json", "config.json", "preprocessor_config.json", "processor_config.json")
 STORE_MANIFEST = "teacher.json"
 """Written last into a model's folder in a store; lists its files with their sha256."""
 
@@ -42,6 +45,8 @@ class ModelFiles:
 
     def weights(self, preferred: tuple[str, ...], model: str) -> Path:
         """The checkpoint: the file that was named, the first preferred name that is there, else the only candidate.
+
+        Of a checkpoint in several files it is their index; see :func:`checkpoint_files`.
 
         Raises:
             ModelError: There is none, or there are several and none is preferred.
@@ -167,7 +172,8 @@ def hub_snapshot(repository: str, patterns: list[str], revision: str | None = No
 def hub_patterns(spec: ModelSpec) -> list[str]:
     """Which files of a model's repository are needed: its configuration, tokenizer and weights."""
     weights = [*spec.source.files] or ["*.safetensors", "open_clip*.bin", "pytorch_model.bin"]
-    return [*CONFIG_FILES, *TOKENIZER_FILES, *weights]
+    parts = [] if spec.source.files else [f"*{INDEX}", "pytorch_model-*.bin"]
+    return [*CONFIG_FILES, *TOKENIZER_FILES, *weights, *parts]
 
 
 def _from_hub(spec: ModelSpec, hub_id: str) -> Path:
@@ -230,30 +236,114 @@ def read_model_json(folder: Path, name: str, model: str) -> dict[str, Any]:
     """Read one of a model's JSON files.
 
     Raises:
-        ModelError: It is missing or not JSON.
+        ModelError: It is missing, cannot be read, or is not a JSON object.
     """
     try:
-        return dict(json.loads((folder / name).read_text(encoding="utf-8")))
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ModelError(f"Model {model!r}: {folder} holds no {name}.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"Model {model!r}: {folder / name} is not valid JSON ({error}).") from error
+    except OSError as error:
+        raise unreadable(folder / name, model, error) from error
+    if not isinstance(content, dict):
+        raise ModelError(
+            f"Model {model!r}: {folder / name} holds a JSON {type(content).__name__}; expected an object with fields."
+        )
+    return content
+
+
+def unreadable(path: Path, model: str, error: OSError) -> ModelError:
+    """Which file of a model the operating system does not give, and why."""
+    return ModelError(f"Model {model!r}: {path} cannot be read: {error.strerror or error}.")
+
+
+def needs_own_code(place: Path | str, model: str) -> ModelError:
+    """A model that only its authors' own Python can build; nobody is asked, and nothing of it runs."""
+    return ModelError(
+        f"Model {model!r}: {place} needs its authors' own code (auto_map), which mmkd does not run. Convert the model "
+        "to an open_clip or transformers layout that loads without trust_remote_code, and give that folder."
+    )
+
+
+def check_readable(path: Path, model: str) -> None:
+    """Open a file, before a library does and says something else of it.
+
+    Raises:
+        ModelError: The operating system does not give it.
+    """
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise unreadable(path, model, error) from error
 
 
 def find_weights(folder: Path, preferred: tuple[str, ...], model: str) -> Path:
-    """The checkpoint file of a folder: the first preferred name that is there, else the only candidate.
+    """The checkpoint of a folder: the first preferred name that is there, else the only candidate.
+
+    A checkpoint in several files stands under the name of its index, in the order in which transformers looks.
 
     Raises:
         ModelError: There is none, or there are several and none is preferred.
     """
     for name in preferred:
-        if (folder / name).is_file():
-            return folder / name
-    found = [path for path in sorted(folder.iterdir()) if path.suffix in CHECKPOINT_SUFFIXES]
-    if len(found) != 1:
-        listing = ", ".join(path.name for path in found) or "none"
-        raise ModelError(f"Model {model!r}: expected one checkpoint in {folder}, found {listing}. Keep one of them.")
-    return found[0]
+        for candidate in (folder / name, folder / f"{name}{INDEX}"):
+            if os.path.lexists(candidate):  # a link to nothing is not passed over: another file may hold other weights
+                return candidate
+    names = sorted(path.name for path in folder.iterdir())
+    indexes = [name for name in names if name.endswith(tuple(f"{end}{INDEX}" for end in CHECKPOINT_SUFFIXES))]
+    parts = {part for index in indexes for part in _weight_map(folder / index, model).values()}
+    found = [name for name in names if Path(name).suffix in CHECKPOINT_SUFFIXES and name not in parts]
+    split = re.match(r"(.+)-\d+-of-\d+(\.\w+)$", found[0]) if found else None
+    if split and not indexes:
+        raise ModelError(
+            f"Model {model!r}: {folder} holds {len(found)} checkpoint files, {', '.join(found[:8])}; {found[0]} is a "
+            f"part of a checkpoint in several files, whose index {split[1]}{split[2]}{INDEX} is not there. Fetch it "
+            "from where the parts came from."
+        )
+    if len(found) + len(indexes) == 1:
+        return folder / (found + indexes)[0]
+    what = ", ".join([*found, *(f"{index} with the files it lists" for index in indexes)]) or "none"
+    raise ModelError(
+        f"Model {model!r}: expected one checkpoint in {folder}, found {what}. "
+        + ("Keep one of them." if not indexes else f"Put the one that counts into a folder of its own: {model}=FOLDER.")
+    )
+
+
+def checkpoint_files(path: Path, model: str) -> list[Path]:
+    """The files a checkpoint consists of: itself, or all that it lists where it is an index, by name.
+
+    Raises:
+        ModelError: The index is none, or a file that it lists is not there.
+    """
+    if not path.name.endswith(INDEX):
+        return [path]
+    names = sorted(set(_weight_map(path, model).values()))
+    missing = [name for name in names if not os.path.lexists(path.parent / name)]
+    if missing:
+        raise ModelError(
+            f"Model {model!r}: {path} lists {len(names)} files with weights, and {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not there. Fetch what is missing from where the others came from."
+        )
+    return [path.parent / name for name in names]
+
+
+def _weight_map(index: Path, model: str) -> dict[str, str]:
+    """Name of a tensor -> name of the file beside the index that holds it.
+
+    Raises:
+        ModelError: The file is no index.
+    """
+    places = read_model_json(index.parent, index.name, model).get("weight_map")
+    plain = isinstance(places, dict) and all(
+        isinstance(name, str) and Path(name).name == name for name in places.values()
+    )
+    if not plain or not places:
+        raise ModelError(
+            f"Model {model!r}: {index} is not the index of a checkpoint: expected a weight_map from names of tensors "
+            "to names of files beside it. Fetch it again."
+        )
+    return places
 
 
 def file_sha256(path: Path) -> str:
@@ -262,12 +352,26 @@ def file_sha256(path: Path) -> str:
     return _hash_file(str(path), stat.st_size, stat.st_mtime_ns)
 
 
-def weights_sha256(file: Path) -> str:
+def weights_sha256(file: Path, model: str) -> str:
     """Sha256 of a checkpoint as its authors published it, also where it lies here as safetensors made from that.
 
     A store's manifest and the converter's record say what a file was made from, so that the same weights have the same
-    identity from the authors' file, from a conversion and from a store.
+    identity from the authors' file, from a conversion and from a store. Of a checkpoint in several files it is one hash
+    over those of all its files.
+
+    Raises:
+        ModelError: A file is missing or cannot be read.
     """
+    try:
+        if file.name.endswith(INDEX):
+            hashes = [_published_sha256(part) for part in checkpoint_files(file, model)]
+            return hashlib.sha256("".join(hashes).encode()).hexdigest()
+        return _published_sha256(file)
+    except OSError as error:
+        raise unreadable(Path(error.filename or file), model, error) from error
+
+
+def _published_sha256(file: Path) -> str:
     manifest, record = file.parent / STORE_MANIFEST, file.with_name(f"{file.name}.json")
     if manifest.is_file():
         facts = read_model_json(file.parent, STORE_MANIFEST, file.parent.name)["files"].get(file.name, {})
@@ -286,7 +390,14 @@ def _hash_file(path: str, size: int, modified: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def tokenizer_sha256(folder: Path, extra: Any = None) -> str:
-    """One hash over a folder's tokenizer files and any settings that change the token ids."""
-    hashes = {name: file_sha256(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
+def tokenizer_sha256(folder: Path, model: str, extra: Any = None) -> str:
+    """One hash over a folder's tokenizer files and any settings that change the token ids.
+
+    Raises:
+        ModelError: One of them cannot be read.
+    """
+    try:
+        hashes = {name: file_sha256(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
+    except OSError as error:
+        raise unreadable(Path(error.filename or folder), model, error) from error
     return fingerprint([hashes, extra])

@@ -13,50 +13,53 @@ from common.models.encoder import Encoder
 from common.models.expect import activation_of, check_expectation
 from common.models.files import (
     ModelFiles,
+    check_readable,
+    checkpoint_files,
     locate,
+    needs_own_code,
     read_model_json,
     tokenizer_folder,
     tokenizer_sha256,
     weights_sha256,
 )
-from common.models.spec import Geometry, ModelDescription, ModelSpec
+from common.models.preprocessing import of_processor
+from common.models.spec import ModelDescription, ModelSpec
 from common.models.tensors import explain_unreadable
-from common.models.tokenizing import padded, pretrained_tokenizer
+from common.models.tokenizing import check_tokenizer_code, padded, pretrained_tokenizer
 
 if TYPE_CHECKING:
     import torch
 
 PREFERRED = ("model.safetensors", "pytorch_model.bin")
-_FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling values, as processors store them
 
 
 def describe(spec: ModelSpec) -> ModelDescription:
     """Read geometry, constants and sizes from the model's JSON files, and hash the checkpoint."""
-    files, recipe = _folder(spec), spec.recipe
+    files = _folder(spec)
     folder = files.folder
     config = read_model_json(folder, "config.json", spec.name)
-    processor = read_model_json(folder, "preprocessor_config.json", spec.name)
     dim = _dim(spec, folder)
-    mean, std = _constants(processor)
-    mean, std = recipe.mean or mean, recipe.std or std
-    if dim is None or mean is None or std is None:
+    if dim is None:
         raise ModelError(
-            f"Model {spec.name!r}: {folder} does not state its width (projection_dim) or its image_mean and image_std; "
-            "it may not be a CLIP-like model. Only models with get_image_features and get_text_features are served."
+            f"Model {spec.name!r}: {folder} does not state its width (projection_dim); it may not be a CLIP-like "
+            "model. Only models with get_image_features and get_text_features are served."
         )
+    pixels = of_processor(folder, str(config.get("model_type")), spec.recipe, spec.name)
+    tokenizer = tokenizer_folder(spec, files)
+    check_tokenizer_code(tokenizer, spec.name)
     return ModelDescription(
         name=spec.name,
         family="hf_clip",
-        weights_sha256=weights_sha256(files.weights(PREFERRED, spec.name)),
+        weights_sha256=weights_sha256(files.weights(PREFERRED, spec.name), spec.name),
         architecture=f"{config.get('model_type')}:{fingerprint(config)}",
-        geometry=recipe.geometry or _geometry(processor, spec.name),
-        mean=tuple(mean),
-        std=tuple(std),
-        tokenizer_sha256=tokenizer_sha256(tokenizer_folder(spec, files), "max_length"),
+        geometry=pixels.geometry,
+        mean=pixels.mean,
+        std=pixels.std,
+        tokenizer_sha256=tokenizer_sha256(tokenizer, spec.name, "max_length"),
         context_length=_context_length(spec, folder),
         image_dim=int(dim),
         text_dim=int(dim),
-        dtype=recipe.dtype,
+        dtype=spec.recipe.dtype,
     )
 
 
@@ -83,10 +86,12 @@ def _full_config(spec: ModelSpec, folder: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    read_model_json(folder, "config.json", spec.name)  # says clearly when it is missing or torn
+    stated = read_model_json(folder, "config.json", spec.name)  # says clearly when it is missing or torn
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if "auto_map" in stated and isinstance(error, ValueError):
+            raise needs_own_code(folder / "config.json", spec.name) from error
         raise ModelError(f"Model {spec.name!r}: transformers cannot read {folder}/config.json: {error}") from error
 
 
@@ -98,36 +103,9 @@ def _dim(spec: ModelSpec, folder: Path) -> int | None:
     return next((width for width in (*found, getattr(text, "hidden_size", None)) if width), None)
 
 
-def _constants(processor: dict[str, Any]) -> tuple[Any, Any]:
-    """Mean and standard deviation of pixels between 0 and 1 that do what the processor's arithmetic does to 0..255."""
-    mean, std = processor.get("image_mean"), processor.get("image_std")
-    if not processor.get("do_normalize", True):
-        mean, std = [0.0] * 3, [1.0] * 3
-    factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
-    if mean is None or std is None or abs(factor * 255 - 1) < 1e-6:
-        return mean, std
-    return [value / (factor * 255) for value in mean], [value / (factor * 255) for value in std]
-
-
 def _context_length(spec: ModelSpec, folder: Path) -> int:
     text = getattr(_full_config(spec, folder), "text_config", None)
     return spec.recipe.context_length or int(getattr(text, "max_position_embeddings", 77))
-
-
-def _geometry(processor: dict[str, Any], name: str) -> Geometry:
-    size, crop = processor.get("size", 224), processor.get("crop_size")
-    resize, side = "shortest", size
-    if isinstance(size, dict):
-        side = size.get("shortest_edge") or size.get("height")
-        resize = "shortest" if "shortest_edge" in size else "squash"
-    values: dict[str, Any] = {"size": side, "resize": resize, "crop_rounding": "floor"}
-    if processor.get("do_center_crop", crop is not None) and crop is not None:
-        target = crop["height"] if isinstance(crop, dict) else crop
-        values |= {"size": target, "resize_to": side if side != target else None}
-    values["interpolation"] = _FILTERS.get(processor.get("resample", 3))
-    if values["interpolation"] is None:
-        raise ModelError(f"Model {name!r} resamples with Pillow filter {processor.get('resample')}; not supported.")
-    return Geometry.model_validate(values)
 
 
 def load_tokenizer(spec: ModelSpec) -> Tokenize:
@@ -148,11 +126,18 @@ def load(spec: ModelSpec) -> HfClipEncoder:
 
     files = _folder(spec)
     folder = files.folder
+    _full_config(spec, folder)  # says what is wrong with it in mmkd's words
+    weights = files.weights(PREFERRED, spec.name)
+    for file in checkpoint_files(weights, spec.name):
+        check_readable(file, spec.name)
+    settings = {"dtype": torch.float32, "trust_remote_code": False}
     try:
-        model, info = AutoModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+        model, info = AutoModel.from_pretrained(folder, output_loading_info=True, **settings)
     except (pickle.UnpicklingError, EOFError, SafetensorError) as error:
-        raise explain_unreadable(files.weights(PREFERRED, spec.name), spec.name, error) from error
+        raise explain_unreadable(weights, spec.name, error) from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise needs_own_code(folder, spec.name) from error
         raise ModelError(f"Model {spec.name!r}: {folder} does not load: {str(error)[:600]}") from error
     # Buffers that transformers stopped saving; files written before then still hold them.
     unexpected = [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]

@@ -13,10 +13,26 @@ from common.models.architectures import model_architecture, packaged, text_tower
 from common.models.dual_encoder import Tokenize
 from common.models.encoder import Encoder
 from common.models.expect import activation_of, check_expectation
-from common.models.files import ModelFiles, locate, read_model_json, tokenizer_folder, tokenizer_sha256, weights_sha256
-from common.models.spec import OPENAI_MEAN, OPENAI_STD, Geometry, ModelDescription, ModelSpec
+from common.models.files import (
+    ModelFiles,
+    locate,
+    needs_own_code,
+    read_model_json,
+    tokenizer_folder,
+    tokenizer_sha256,
+    weights_sha256,
+)
+from common.models.preprocessing import OPEN_CLIP_FIELDS, of_open_clip
+from common.models.spec import ModelDescription, ModelSpec
 from common.models.tensors import Tensors, load_strictly, read_tensors
-from common.models.tokenizing import clean_text, clip_tokenizer, loadable_folder, padded, pretrained_tokenizer
+from common.models.tokenizing import (
+    check_tokenizer_code,
+    clean_text,
+    clip_tokenizer,
+    loadable_folder,
+    padded,
+    pretrained_tokenizer,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -137,7 +153,8 @@ def _built_in(spec: ModelSpec, architecture: str, pretrained: str) -> OpenClipFi
             f"Model {spec.name!r}: the weights {architecture}/{pretrained} could not be fetched "
             f"({type(error).__name__}: {error}). Check the network, or give a file as pretrained."
         ) from error
-    return OpenClipFiles(model_cfg, dict(tag_cfg), None, weights)
+    preprocess = {name: value for name, value in tag_cfg.items() if name in OPEN_CLIP_FIELDS}  # beside url and the like
+    return OpenClipFiles(model_cfg, preprocess, None, weights)
 
 
 def _other_activation(architecture: str) -> str:
@@ -167,31 +184,47 @@ def describe(spec: ModelSpec) -> ModelDescription:
 
 def describe_files(spec: ModelSpec, found: OpenClipFiles) -> ModelDescription:
     """The description of an open_clip model whose files have been found."""
-    vision_cfg, preprocess, recipe = found.model_cfg.get("vision_cfg", {}), found.preprocess_cfg, spec.recipe
-    size = preprocess.get("size", vision_cfg.get("image_size", 224))
-    if isinstance(size, list | tuple):
-        if len(set(size[-2:])) != 1:
-            raise ModelError(f"Model {spec.name!r} wants {size} pixels; only squares are supported.")
-        size = size[-1]
-    geometry = recipe.geometry or Geometry(
-        size=size,
-        resize=preprocess.get("resize_mode") or "shortest",
-        interpolation=preprocess.get("interpolation") or "bicubic",
-    )
+    image_size, recipe = found.model_cfg.get("vision_cfg", {}).get("image_size"), spec.recipe
+    where = f"preprocess_cfg of {found.files.folder / CONFIG if found.files else spec.architecture}"
+    pixels = of_open_clip(found.preprocess_cfg, image_size, recipe, spec.name, where)
+    _check_tower_code(spec, found)
     return ModelDescription(
         name=spec.name,
         family=spec.family,
-        weights_sha256=weights_sha256(found.weights(spec.name)),
+        weights_sha256=weights_sha256(found.weights(spec.name), spec.name),
         architecture=f"open_clip:{fingerprint(_whole_architecture(found))}",
-        geometry=geometry,
-        mean=recipe.mean or tuple(preprocess.get("mean") or OPENAI_MEAN),
-        std=recipe.std or tuple(preprocess.get("std") or OPENAI_STD),
+        geometry=pixels.geometry,
+        mean=pixels.mean,
+        std=pixels.std,
         tokenizer_sha256=_tokenizer_sha256(spec, found),
         context_length=found.context_length,
         image_dim=int(found.model_cfg["embed_dim"]),
         text_dim=int(found.model_cfg["embed_dim"]),
         dtype=recipe.dtype,
     )
+
+
+def _check_tower_code(spec: ModelSpec, found: OpenClipFiles) -> None:
+    """Refuse a text tower that only its authors' own Python can build: open_clip would let transformers ask for it.
+
+    Raises:
+        ModelError: It is one.
+    """
+    named = found.text_cfg.get("hf_model_name")
+    tower = Path(text_tower(named, found.files.folder if found.files else None)) if named else None
+    if tower is None or not tower.exists():
+        return
+    file = tower / "config.json" if tower.is_dir() else tower
+    if "auto_map" not in read_model_json(file.parent, file.name, spec.name):
+        return
+    from transformers import MODEL_MAPPING, AutoConfig
+
+    try:
+        known = type(AutoConfig.from_pretrained(file, trust_remote_code=False)) in MODEL_MAPPING
+    except ValueError:
+        known = False
+    if not known:
+        raise needs_own_code(file, spec.name)
 
 
 def _whole_architecture(found: OpenClipFiles) -> dict[str, Any]:
@@ -212,7 +245,9 @@ def _tokenizer_sha256(spec: ModelSpec, found: OpenClipFiles) -> str:
         return fingerprint(["clip-bpe", settings])
     if found.files is None:
         return fingerprint([named, settings])
-    return tokenizer_sha256(tokenizer_folder(spec, found.files, named), settings)
+    folder = tokenizer_folder(spec, found.files, named)
+    check_tokenizer_code(folder, spec.name)
+    return tokenizer_sha256(folder, spec.name, settings)
 
 
 def load_tokenizer(spec: ModelSpec) -> Tokenize:
@@ -240,7 +275,8 @@ def _stock_tokenizer(place: str, found: OpenClipFiles, text: dict[str, Any] | No
         tokenizer = open_clip.get_tokenizer(place, context_length=found.context_length)
     else:
         mode = {"tokenizer_mode": text["tokenizer_mode"]} if text.get("tokenizer_mode") else {}
-        settings = {**mode, **(text.get("tokenizer_kwargs") or {})}
+        # Last, so that no file can allow its own code to run.
+        settings = {**mode, **(text.get("tokenizer_kwargs") or {}), "trust_remote_code": False}
         tokenizer = HFTokenizer(place, context_length=found.context_length, **settings)
     return lambda captions: tokenizer(captions).numpy().astype("int32")
 
@@ -288,6 +324,7 @@ def load(spec: ModelSpec) -> OpenClipEncoder:
 def load_found(spec: ModelSpec, found: OpenClipFiles, tensors: Tensors) -> OpenClipEncoder:
     """Build a model and fill it with tensors by open_clip's names, or by those of an older open_clip."""
     weights = found.weights(spec.name)
+    _check_tower_code(spec, found)
     try:
         model = build(found.model_cfg, found.files.folder if found.files else None)
     except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError) as error:

@@ -79,7 +79,7 @@ def describe(spec: ModelSpec) -> ModelDescription:
         geometry=spec.recipe.geometry or Geometry(size=architecture["vision"]["image_size"]),
         mean=spec.recipe.mean or OPENAI_MEAN,
         std=spec.recipe.std or OPENAI_STD,
-        tokenizer_sha256=tokenizer_sha256(tokenizer_folder(spec, files), "lower case"),
+        tokenizer_sha256=tokenizer_sha256(tokenizer_folder(spec, files), spec.name, "lower case"),
         context_length=spec.recipe.context_length or CONTEXT_LENGTH,
         image_dim=architecture["embed_dim"],
         text_dim=architecture["embed_dim"],
@@ -108,8 +108,8 @@ def _stored_as(folder: Path, stem: str) -> Path | None:
 def _weights_sha256(files: ModelFiles, model: str) -> str:
     split = _split_files(files)
     if split is None:
-        return weights_sha256(files.weights(PREFERRED, model))
-    return hashlib.sha256("".join(weights_sha256(file) for file in split).encode()).hexdigest()
+        return weights_sha256(files.weights(PREFERRED, model), model)
+    return hashlib.sha256("".join(weights_sha256(file, model) for file in split).encode()).hexdigest()
 
 
 def load_tokenizer(spec: ModelSpec) -> Tokenize:

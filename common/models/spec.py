@@ -63,6 +63,17 @@ class Recipe(StrictModel):
         "float32", description="Autocast type on a GPU; a CPU always computes in float32."
     )
 
+    @model_validator(mode="after")
+    def _resizes_before_a_crop(self) -> Recipe:
+        shape = self.geometry
+        side = None if shape is None else shape.resize_to
+        if shape is not None and side is not None and (shape.resize != "shortest" or side < shape.size):
+            raise ValueError(
+                f"geometry.resize_to ({side}) is the short side before a crop: it goes with resize: shortest, and must "
+                f"not be below the size ({shape.size})"
+            )
+        return self
+
     def changed(self, other: Recipe) -> Recipe:
         """This recipe with the fields that ``other`` states."""
         return self.model_copy(update={name: getattr(other, name) for name in other.model_fields_set})

@@ -6,12 +6,13 @@ from, under which terms, and the size and sha256 of each file, which are compare
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import parse_config
+from common.config import fingerprint, parse_config
 from common.errors import ModelError, UntrustedError
 from common.lake import now
 from common.logs import Progress, logger
@@ -20,9 +21,11 @@ from common.models.download import downloads_folder, gather
 from common.models.files import (
     CHECKPOINT_SUFFIXES,
     CONFIG_FILES,
+    INDEX,
     STORE_MANIFEST,
     TOKENIZER_FILES,
     ModelFiles,
+    checkpoint_files,
     file_sha256,
     find_weights,
     hub_patterns,
@@ -166,14 +169,32 @@ def _clean_files(plan: FetchPlan, place: Path) -> dict[str, tuple[Path, dict[str
     weights = [place] if single else _weights(spec, folder)
     found.update({name: _facts(file) for name, file in _architecture_files(spec, folder, found.keys()).items()})
     for file in weights:
-        _check_pinned(spec, file)
-        name = f"{file.stem}.safetensors"
-        # A checkpoint under the name transformers looks for.
-        if spec.family == "hf_clip" and file.stem == "pytorch_model":
-            name = "model.safetensors"
-        clean, facts = _facts(_as_safetensors(plan, file))
-        found[name] = clean, {**facts, "from": {"name": file.name, "sha256": _facts(file)[1]["sha256"]}}
+        for part in checkpoint_files(file, spec.name):
+            _check_pinned(spec, part)
+            clean, facts = _facts(_as_safetensors(plan, part))
+            name = _stored_name(spec, part.stem)
+            found[name] = clean, {**facts, "from": {"name": part.name, "sha256": _facts(part)[1]["sha256"]}}
+        if file.name.endswith(INDEX):
+            name = _stored_name(spec, Path(file.name.removesuffix(INDEX)).stem) + INDEX
+            found[name] = _facts(_stored_index(spec, file))
     return found
+
+
+def _stored_name(spec: ModelSpec, stem: str) -> str:
+    # A checkpoint under the name transformers looks for.
+    return "model.safetensors" if spec.family == "hf_clip" and stem == "pytorch_model" else f"{stem}.safetensors"
+
+
+def _stored_index(spec: ModelSpec, index: Path) -> Path:
+    """An index that lists the files by their names in the store."""
+    content = read_model_json(index.parent, index.name, spec.name)
+    content["weight_map"] = {
+        tensor: _stored_name(spec, Path(name).stem) for tensor, name in content["weight_map"].items()
+    }
+    target = downloads_folder() / f"{fingerprint([content])}{INDEX}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return target
 
 
 def _architecture_files(spec: ModelSpec, folder: Path, kept: Iterable[str]) -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import struct
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import ModelError, UntrustedError
+from common.models.files import INDEX, check_readable, checkpoint_files, read_model_json
 
 if TYPE_CHECKING:  # families are imported for their tokenizers alone, too
     import torch
@@ -26,9 +28,11 @@ def read_checkpoint(path: Path, model: str) -> Any:
     """What a checkpoint file holds, read with ``weights_only=True`` (or as safetensors): tensors and plain containers.
 
     Raises:
-        ModelError: The file is torn or is not a checkpoint.
+        ModelError: The file cannot be read, is torn or is not a checkpoint.
         UntrustedError: It holds Python objects that would have to be executed.
     """
+    if os.path.lexists(path):
+        check_readable(path, model)
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -81,10 +85,27 @@ def explain_unreadable(path: Path, model: str, error: Exception) -> ModelError:
 def read_tensors(path: Path, model: str) -> Tensors:
     """The weights of a checkpoint file: out of their wrapper, without ``module.``, and nothing else.
 
+    Args:
+        path: The file, or the index of a checkpoint in several files.
+        model: Name for messages.
+
     Raises:
-        ModelError: As :func:`read_checkpoint`, or there are no named tensors in it.
+        ModelError: As :func:`read_checkpoint`, or there are no named tensors in it, or a part is missing.
     """
-    return unwrap(read_checkpoint(path, model), f"Model {model!r}: {path}")
+    if not path.name.endswith(INDEX):
+        return unwrap(read_checkpoint(path, model), f"Model {model!r}: {path}")
+    parts = {
+        part.name: unwrap(read_checkpoint(part, model), f"Model {model!r}: {part}")
+        for part in checkpoint_files(path, model)
+    }
+    places = read_model_json(path.parent, path.name, model)["weight_map"]
+    lost = [f"{name} in {part}" for name, part in places.items() if name not in parts[part]]
+    if lost:
+        raise ModelError(
+            f"Model {model!r}: {path} puts {_listed(lost)}, where there is no such tensor. Index and files are not of "
+            "one checkpoint; fetch them together."
+        )
+    return {name: value for tensors in parts.values() for name, value in tensors.items()}
 
 
 def unwrap(content: Any, where: str) -> Tensors:

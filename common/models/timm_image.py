@@ -23,12 +23,12 @@ def describe(spec: ModelSpec) -> ModelDescription:
     weights = locate(spec).weights(PREFERRED, spec.name)
     with torch.device("meta"):
         model = build(spec)
-    geometry = spec.recipe.geometry or _geometry(model.pretrained_cfg)
+    geometry = spec.recipe.geometry or _geometry(model.pretrained_cfg, spec)
     shapes = sorted((name, list(value.shape)) for name, value in model.state_dict().items())
     return ModelDescription(
         name=spec.name,
         family="timm_image",
-        weights_sha256=weights_sha256(weights),
+        weights_sha256=weights_sha256(weights, spec.name),
         architecture=f"timm:{spec.architecture}:{fingerprint(shapes)}",
         geometry=geometry,
         mean=spec.recipe.mean or tuple(model.pretrained_cfg["mean"]),
@@ -64,9 +64,26 @@ def _width(model: Any, size: int) -> int:
         return int(model.eval()(torch.empty(1, 3, size, size, device="meta")).shape[-1])
 
 
-def _geometry(config: dict[str, Any]) -> Geometry:
-    size, share = int(config["input_size"][-1]), float(config.get("crop_pct") or 1)
+def _geometry(config: dict[str, Any], spec: ModelSpec) -> Geometry:
+    """What timm's transform for inference does.
+
+    Raises:
+        ModelError: It does something that is not served.
+    """
+    size, share = config["input_size"][-1], float(config.get("crop_pct") or 1)
     mode, filter_name = config.get("crop_mode") or "center", config.get("interpolation") or "bicubic"
+    wrong = {
+        "input_size": len(set(config["input_size"][1:])) != 1,  # not a square
+        "interpolation": filter_name not in ("bicubic", "bilinear"),
+        "crop_mode": mode not in ("center", "squash"),  # timm pads the borders
+        "crop_pct": share > 1 or (share < 1 and mode == "squash"),  # timm pads, or crops what it has squashed
+    }
+    refused = [f"{name} = {config.get(name)!r}" for name, is_wrong in wrong.items() if is_wrong]
+    if refused:
+        raise ModelError(
+            f"Model {spec.name!r}: timm's {spec.architecture} states {', '.join(refused)}, which mmkd does not follow. "
+            "State recipe.geometry in a YAML entry of your own (--catalog)."
+        )
     if mode == "squash":
         return Geometry.model_validate({"size": size, "resize": "squash", "interpolation": filter_name})
     resize_to = int(size / share) if share < 1 else None

@@ -96,13 +96,31 @@ def pretrained_tokenizer(folder: Path, **settings: Any) -> Any:
     """What ``AutoTokenizer.from_pretrained`` gives for a folder, without importing torch for the usual classes.
 
     Raises:
-        OSError, ValueError: The folder holds no whole tokenizer, as transformers says.
+        OSError, ValueError: The folder holds no whole tokenizer, as transformers says, or one that needs code of its
+            own, which never runs.
     """
     import transformers
 
     chosen = _plain_class(folder)
     loader = transformers.AutoTokenizer if chosen is None else getattr(transformers, chosen)
-    return loader.from_pretrained(folder, **settings)
+    return loader.from_pretrained(folder, **{**settings, "trust_remote_code": False})
+
+
+def check_tokenizer_code(folder: Path, model: str) -> None:
+    """Refuse a tokenizer that only its authors' own Python can build, before a worker tries.
+
+    Raises:
+        ModelError: It is one.
+    """
+    from common.models.files import needs_own_code
+
+    if not any("auto_map" in _json(folder / name) for name in ("tokenizer_config.json", "config.json")):
+        return
+    try:
+        pretrained_tokenizer(folder)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise needs_own_code(folder / "tokenizer_config.json", model) from error
 
 
 def _plain_class(folder: Path) -> str | None:
