@@ -18,6 +18,7 @@ from typing import Any
 
 from common.errors import MmkdError, SourceError, StoppedError, StorageError
 from common.processes import has_few_cores, usable_cores
+from common.storage_errors import without_secrets
 
 KINDS = {kind.__name__: kind for kind in (SourceError, StorageError)}
 """Errors that keep their class on the way back; others of ours become a StorageError with the same words."""
@@ -146,5 +147,6 @@ def _run_one(row: dict[str, Any], task: Callable[..., Any], arguments: tuple[Any
     except MmkdError as error:
         error_kind, message = type(error).__name__, str(error)
     except OSError as error:  # a source that vanished or broke off while it was read
-        error_kind, message = StorageError.__name__, f"Reading or writing failed: {type(error).__name__}: {error}."
+        said = without_secrets(f"{type(error).__name__}: {error}")
+        error_kind, message = StorageError.__name__, f"Reading or writing failed: {said}."
     return {"index": row["index"], "answer": json.dumps(answer), "error_kind": error_kind, "error": message}
