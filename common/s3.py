@@ -114,12 +114,23 @@ class RetryingS3(S3FileSystem):
         return answer
 
     async def _cat_file(
-        self, path: str, version_id: str | None = None, start: int | None = None, end: int | None = None, **_: Any
+        self,
+        path: str,
+        version_id: str | None = None,
+        start: int | None = None,
+        end: int | None = None,
+        max_bytes: int | None = None,
+        **_: Any,
     ) -> bytes:
-        """A whole object, in pieces that are all of one version, or the part of it that is asked for."""
+        """A whole object, in pieces that are all of one version, or the part of it that is asked for.
+
+        Of one larger than ``max_bytes`` only the first piece is read: it tells the size.
+        """
         if start is not None or end is not None:
             return cast(bytes, await super()._cat_file(path, version_id=version_id, start=start, end=end))
         first, total, etag = await self._first_piece(path)
+        if max_bytes is not None and total > max_bytes:
+            raise OSError(errno.EFBIG, f"it has {total} bytes where {max_bytes} are allowed")
         pieces = [first]
         async for _start, piece in self._further_pieces(path, total, etag):
             pieces.append(piece)

@@ -8,6 +8,7 @@ this project never reads, keeps, logs or forwards them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import uuid
@@ -173,15 +174,26 @@ class Storage:
             self.fs.pipe_file(target, data)
         return True
 
-    def read_bytes(self, relative: str) -> bytes:
-        """Read a whole file.
+    def read_bytes(self, relative: str, max_bytes: int | None = None) -> bytes:
+        """Read a whole file; of one larger than ``max_bytes`` no more than that is ever in memory.
 
         Raises:
             FileNotFoundError: There is no such file.
-            StorageError: It cannot be read.
+            StorageError: It cannot be read, or is larger: then the cause is an OSError with ``errno.EFBIG``.
         """
-        with explained(f"read {self.path(relative)}"):
-            return cast(bytes, self.fs.cat_file(self.path(relative)))
+        path = self.path(relative)
+        with explained(f"read {path}"):
+            if max_bytes is None:
+                return cast(bytes, self.fs.cat_file(path))
+            if self._is_s3:
+                return cast(bytes, self.fs.cat_file(path, max_bytes=max_bytes))
+            size = self.fs.info(path).get("size")
+            # Where the storage does not say how much there is, one byte too many tells as well.
+            data = b"" if size else cast(bytes, self.fs.cat_file(path, start=0, end=max_bytes + 1))
+            size = size or len(data)
+            if size > max_bytes:
+                raise OSError(errno.EFBIG, f"it has {size} bytes or more where {max_bytes} are allowed")
+            return data or cast(bytes, self.fs.cat_file(path))
 
     def download(self, relative: str, target: Path) -> None:
         """Copy a file to this machine, whatever its size; the target appears whole or not at all."""

@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import unquote
 
 import pyarrow as pa
 
 from common.errors import StorageError
 
+_SIGNS = re.compile(
+    r"[?&;](?:amp;)?"
+    # S3 (also its older form and its imitators), Google's and Azure's; tokens of whoever else.
+    r"(?:x-(?:amz|goog|oss|cos|ms)-[\w-]+|\w{0,32}accesskeyid|googleaccessid|key-pair-id"
+    r"|(?:[\w-]{0,32}[-_])?(?:sig|signature|token|authorization|password|secret|api-?key)|\w{1,32}token)"
+    r"=[^\s&'\"]*",
+    re.IGNORECASE,
+)
+"""A parameter of a query that lets its bearer in."""
+
 
 def without_secrets(text: str) -> str:
     """A text in which every address has lost its user, password and query, as it may be shown and written down."""
     text = re.sub(r"(\w://)[^/@\s]*@", r"\1", text)
-    return re.sub(r"(\w://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text)
+    text = re.sub(r"(\w://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text)
+    # Where an address ends is a guess if there are blanks or quotes in it, and a relative one does not show.
+    text = re.sub(r"\?[^\s'\"]*", lambda query: "" if _SIGNS.search(query[0]) else query[0], text)
+    return _SIGNS.sub("", text)
+
+
+def unsigned(address: str) -> str:
+    """An address as it names a file for good: without user, password and a query that signs.
+
+    Who signs it anew gets the same name. A query that only says which file it is (``?id=5``) stays.
+    """
+    address = re.sub(r"(\w://)[^/@?#\s]*@", r"\1", address)
+    place, _, query = address.partition("?")
+    return place if _SIGNS.search(f"?{unquote(query)}") else address
 
 
 class explained:  # noqa: N801 - reads as a phrase at the call: with explained("write x")

@@ -33,6 +33,26 @@ class DecodeLimits(StrictModel):
     max_file_mib: PositiveInt = Field(256, description="Larger image files are rejected.")
 
 
+class FetchConfig(StrictModel):
+    """How pictures are fetched that a table gives by http(s) URL."""
+
+    seconds: PositiveFloat = Field(
+        20.0, description="One picture may take so long, retries included; raise it for large pictures on slow hosts."
+    )
+    retries: int = Field(
+        3, ge=0, description="After a lost connection, or HTTP 408, 429 or 5xx; lower it where most links are dead."
+    )
+    silent_rows: PositiveInt = Field(
+        3, description="A host that was too slow for so many rows in a row is not asked again within the part."
+    )
+    max_unreachable: float = Field(
+        0.9,
+        ge=0,
+        le=1,
+        description="Ingest stops if more than this share of the rows is 'not reachable'; lower it to notice outages.",
+    )
+
+
 class IngestConfig(StrictModel):
     """How a source becomes pairs."""
 
@@ -61,6 +81,7 @@ class IngestConfig(StrictModel):
     lease_seconds: PositiveFloat = Field(
         60.0, description="An ingest that gives no sign of life for so long may be taken over by another."
     )
+    fetch: FetchConfig = FetchConfig()
     limits: DecodeLimits = DecodeLimits()
 
 

@@ -28,17 +28,20 @@ from common.lake import Lake, create_lake, now, run_name
 from common.lease import Lease, hold
 from common.logs import Progress, duration, logger
 from common.schemas import SCHEMA_VERSION
+from common.storage_errors import without_secrets
 from extractor.commit import Committed, commit, insist_on_lease, manifest_name
-from extractor.config import IngestConfig
+from extractor.config import FetchConfig, IngestConfig
 from extractor.sources import plan_sources
-from extractor.sources.addresses import identity_of, shown
-from extractor.sources.record import Part
+from extractor.sources.addresses import identity_of
+from extractor.sources.record import NOT_REACHABLE, Part
 from extractor.staging import StagedPart, rejects_name, release_decoder, stage_part, staging_folder
 from extractor.tasks import Workers
 
 READ_THREADS = 16
 LEASE = "ingest"
 """Name of the lease on a lake's pairs."""
+FEW_UNREACHABLE = 20
+"""So many URLs that cannot be fetched never stop an ingest by themselves."""
 
 
 @dataclass
@@ -77,7 +80,8 @@ def ingest(
             must be already.
 
     Raises:
-        SourceError: A source is absent, lacks a column, or gives not one usable pair.
+        SourceError: A source is absent, lacks a column, gives not one usable pair, or names URLs of which more than
+            the allowed share is not reachable.
         LakeError: The lake has another shard size or schema version.
         LeaseError: Another ingest is at work on the lake.
         StorageError: An address cannot be reached.
@@ -98,10 +102,11 @@ def ingest(
         with Workers(session) as workers:
             staged = stage(lake, ingest_id, parts, config, workers, lease)
             insist_on_pairs(lake, ingest_id, sources, staged)
+            insist_on_reach(sources, staged, config.fetch)
             committed = commit(lake, ingest_id, staged, config.shard_rows, workers, lease)
         report = summarise(ingest_id, staged, committed)
         report.seconds = time.monotonic() - started
-        record = {**vars(report), "sources": [shown(uri) for uri in sources], "fingerprint": identity}
+        record = {**vars(report), "sources": [without_secrets(uri) for uri in sources], "fingerprint": identity}
         insist_on_lease(lake, lease)
         lake.storage.write_json(manifest_name(ingest_id), {**record, "created_at": now()})
         lake.storage.remove(staging_folder(ingest_id))
@@ -118,9 +123,19 @@ def describe(parts: list[Part], config: IngestConfig) -> dict[str, Any]:
         "files": identities,
         # Staged files are named by part: a program that cuts otherwise must not go on with them.
         "parts": fingerprint([[part.name, part.begin, part.end] for part in parts]),
-        "config": config.model_dump(mode="json", exclude={"lease_seconds"}),
+        "config": _settings_of(config),
         "schema_version": SCHEMA_VERSION,
     }
+
+
+def _settings_of(config: IngestConfig) -> dict[str, Any]:
+    """The settings that determine what an ingest makes; how many failures are borne is not among them.
+
+    Those of fetching came later than lakes: by default they are left out, so that an earlier ingest is known again.
+    """
+    settings = config.model_dump(mode="json", exclude={"fetch", "lease_seconds"})
+    fetch, usual = (one.model_dump(mode="json", exclude={"max_unreachable"}) for one in (config.fetch, FetchConfig()))
+    return settings if fetch == usual else {**settings, "fetch": fetch}
 
 
 def find_earlier(lake: Lake, ingest_id: str) -> IngestReport | None:
@@ -151,11 +166,13 @@ def stage(
     with ThreadPoolExecutor(READ_THREADS) as pool:
         found = pool.map(lambda index: StagedPart.load(lake, ingest_id, index), there)
         done = dict(zip(there, found, strict=True))
-    if there:
-        logger.info("ingest: going on after %d of %d parts", len(there), len(parts))
+    # Those that an outage fell on are read anew.
+    done = {index: part for index, part in done.items() if not is_cut_off([part], config.fetch)}
+    if done:
+        logger.info("ingest: going on after %d of %d parts", len(done), len(parts))
     todo = [index for index in range(len(parts)) if index not in done]
     progress = Progress("ingest: reading and checking", len(parts), "parts")
-    progress.advance(len(there))
+    progress.advance(len(done))
     items = [{"index": index, "part": asdict(parts[index])} for index in todo]
     rows = sum(part.records for part in done.values())
     try:
@@ -192,9 +209,41 @@ def insist_on_pairs(lake: Lake, ingest_id: str, sources: list[str], staged: list
     lake.storage.remove(staging_folder(ingest_id))
     listing = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(5)) or "none"
     raise SourceError(
-        f"{', '.join(map(shown, sources))} gives not one usable pair: {total} rows read, {filtered} filtered out, "
-        f"{sum(reasons.values())} rejected ({listing}).{example} Check the image paths (relative to the table's "
+        f"{', '.join(map(without_secrets, sources))} gives not one usable pair: {total} rows read, {filtered} filtered "
+        f"out, {sum(reasons.values())} rejected ({listing}).{example} Check the image paths (relative to the table's "
         "folder), the column names (--image-column, --caption-column), and the filters."
+    )
+
+
+def is_cut_off(staged: list[StagedPart], config: FetchConfig) -> bool:
+    """Whether a larger share of the rows is not reachable than may be."""
+    rows = sum(part.records - part.filtered for part in staged)
+    return _unreachable(staged).total() > config.max_unreachable * rows
+
+
+def _unreachable(staged: list[StagedPart]) -> Counter[str]:
+    reasons = sum((part.reasons for part in staged), Counter[str]())
+    return Counter({reason: count for reason, count in reasons.items() if reason.startswith(NOT_REACHABLE)})
+
+
+def insist_on_reach(sources: list[str], staged: list[StagedPart], config: FetchConfig) -> None:
+    """Refuse to go on where hardly any URL could be fetched; what was read stays staged.
+
+    Raises:
+        SourceError: Says what became of the URLs, and how to go on.
+    """
+    found = _unreachable(staged)
+    if found.total() <= FEW_UNREACHABLE or not is_cut_off(staged, config):
+        return
+    rows = sum(part.records - part.filtered for part in staged)
+    listing = ", ".join(
+        f"{reason.removeprefix(f'{NOT_REACHABLE}: ')} {count}" for reason, count in found.most_common(5)
+    )
+    raise SourceError(
+        f"Of {rows} rows of {', '.join(map(without_secrets, sources))}, {found.total()} name pictures that are not "
+        f"reachable ({listing}); fetch.max_unreachable allows {config.max_unreachable:.0%}. Check the network, and for "
+        "signed links whether they have run out. What was read is kept: the same command reads only those parts anew "
+        "in which more than this share failed; with --set fetch.max_unreachable=1 it goes on with what there is."
     )
 
 

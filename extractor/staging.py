@@ -14,6 +14,7 @@ from common.lake import Lake
 from common.sandbox import SandboxedDecoder
 from common.schemas import PAIRS, REJECTS
 from common.seeding import seed_of
+from common.storage_errors import without_secrets
 from extractor.config import IngestConfig
 from extractor.sources import read_part
 from extractor.sources.addresses import short_name
@@ -156,7 +157,7 @@ def judge(record: Record, part: Part, config: IngestConfig, decoder: SandboxedDe
             detail = f"its 8-bit values differ by {verdict.contrast} at most; min_contrast is {config.min_contrast}"
     if reason is not None or sha256 is None:
         row = {"sample_id": None, "source": source, "source_key": record.source_key, "stage": "ingest"}
-        return {**row, "reason": reason, "detail": detail[:MAX_DETAIL_CHARS], "sha256": sha256}, False
+        return {**row, "reason": reason, "detail": without_secrets(detail)[:MAX_DETAIL_CHARS], "sha256": sha256}, False
     return {
         "sample_id": sample_id(record.source_key, sha256, record.captions),
         "image": verdict.reencoded or record.image,

@@ -18,6 +18,7 @@ from typing import Any
 
 from common.errors import MmkdError, StoppedError, StorageError, from_row, to_row
 from common.processes import has_few_cores, usable_cores
+from common.storage_errors import without_secrets
 
 KEPT = " What was finished is kept: run the same command again to go on from there."
 """Behind an error's own words."""
@@ -145,5 +146,6 @@ def _run_one(row: dict[str, Any], task: Callable[..., Any], arguments: tuple[Any
     except MmkdError as error:
         failure = json.dumps(to_row(error))
     except OSError as error:  # a source that vanished or broke off while it was read
-        failure = json.dumps(to_row(StorageError(f"Reading or writing failed: {type(error).__name__}: {error}.")))
+        said = without_secrets(f"{type(error).__name__}: {error}")
+        failure = json.dumps(to_row(StorageError(f"Reading or writing failed: {said}.")))
     return {"index": row["index"], "answer": json.dumps(answer), "error": failure}

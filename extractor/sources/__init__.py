@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from common.errors import SourceError
+from common.storage_errors import without_secrets
 from extractor.config import IngestConfig
 from extractor.sources.addresses import EXTENSIONS, find_files, kind_of
 from extractor.sources.record import Part, Record
@@ -46,7 +47,7 @@ def _kind(uri: str, config: IngestConfig) -> str:
     if kind is None:
         endings = ", ".join(ending for endings in EXTENSIONS.values() for ending in endings)
         raise SourceError(
-            f"The extension of {uri} does not tell what it is (known: {endings}). "
+            f"The extension of {without_secrets(uri)} does not tell what it is (known: {endings}). "
             f"Name its kind with --format: {', '.join(SOURCES)}."
         )
     return kind

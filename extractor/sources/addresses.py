@@ -8,10 +8,16 @@ import os
 import posixpath
 import re
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from common.errors import SourceError, StorageError
 from common.storage import Storage, absolute_address
+from common.storage_errors import unsigned, without_secrets
+from extractor.config import IngestConfig
 from extractor.sources.record import RowFaultError
+
+if TYPE_CHECKING:
+    from extractor.sources.remote import WebPictures
 
 EXTENSIONS = {  # kind -> how its file names end
     "webdataset": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"),
@@ -23,19 +29,23 @@ EXTENSIONS = {  # kind -> how its file names end
 }
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _NUMBERS = re.compile(r"^(\d+)\.\.(\d+)$")
-_SECRETS = re.compile(r"(?<=://)[^/@]*@|\?.*$")
+_WEB = re.compile(r"https?://", re.IGNORECASE)
 # What is wrong with this one path; anything else (a lost connection, a full disk) stops the run instead.
 _PATH_FAULTS = (PermissionError, IsADirectoryError, NotADirectoryError, ValueError, ImportError)
 _PATH_ERRNOS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+# S3 answers with these to whoever asks wrongly, for whatever object.
+_CREDENTIAL_FAULTS = {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "RequestTimeTooSkewed"}
+_CREDENTIAL_FAULTS |= {"SignatureDoesNotMatch", "TokenRefreshRequired"}
 
 
 def base_name(uri: str) -> str:
-    """The last component of an address."""
-    return uri.rstrip("/").rsplit("/", 1)[-1]
+    """The last component of an address, without a query that signs."""
+    return unsigned(uri).rstrip("/").rsplit("/", 1)[-1]
 
 
 def short_name(uri: str) -> str:
     """The last two components of an address: enough to recognise a source, the same on another machine."""
+    uri = unsigned(uri)
     path = uri.split("://", 1)[-1] if "://" in uri else os.path.abspath(uri)
     return "/".join(path.rstrip("/").split("/")[-2:])
 
@@ -64,11 +74,6 @@ def expand_braces(pattern: str) -> list[str]:
     return list(itertools.chain.from_iterable(map(expand_braces, names)))
 
 
-def shown(uri: str) -> str:
-    """An address fit for logs and files: without user name, password and query, where signed links keep secrets."""
-    return _SECRETS.sub("", uri) if "://" in uri else uri
-
-
 def find_files(source: str, kind: str) -> list[str]:
     """Addresses of the files a source stands for, in order.
 
@@ -84,16 +89,19 @@ def find_files(source: str, kind: str) -> list[str]:
         return _files_below(source, kind) if whole.fs.isdir(whole.path()) else [absolute_address(source)]
     found: list[str] = []
     for name in expand_braces(source):
-        if any(mark in name for mark in "*?["):
+        # The question mark of a URL begins its query.
+        if any(mark in (name.partition("?")[0] if _WEB.match(name) else name) for mark in "*?["):
             storage = Storage(name)
             matches = sorted(storage.fs.glob(storage.path()))
             if not matches:
-                raise SourceError(f"No file matches {name}. Check the pattern, and quote it so the shell leaves it.")
+                raise SourceError(
+                    f"No file matches {without_secrets(name)}. Check the pattern, and quote it so the shell leaves it."
+                )
             found += [_address(storage, path) for path in matches]
         elif not Storage(name).exists():
             raise SourceError(
-                f"There is nothing at {name}"
-                + (f" (one of the names {source!r} stands for)" if name != source else "")
+                f"There is nothing at {without_secrets(name)}"
+                + (f" (one of the names {without_secrets(source)!r} stands for)" if name != source else "")
                 + ". Expected a tar, JSONL, CSV or Parquet file, a folder of them, or a pattern. Check the address; "
                 "on a cluster, a local path must be visible to every machine."
             )
@@ -118,8 +126,8 @@ def _files_below(folder: str, kind: str) -> list[str]:
         wanted = {kinds[path] for path in files}
         if len(wanted) > 1:
             raise SourceError(
-                f"The folder {folder} holds files of several kinds ({', '.join(sorted(map(str, wanted)))}). "
-                "Say which with --format, or name the file."
+                f"The folder {without_secrets(folder)} holds files of several kinds "
+                f"({', '.join(sorted(map(str, wanted)))}). Say which with --format, or name the file."
             )
     else:
         files = [path for path in everything if base_name(path).lower().endswith(EXTENSIONS[kind])]
@@ -127,8 +135,8 @@ def _files_below(folder: str, kind: str) -> list[str]:
         endings = sorted({os.path.splitext(path)[1] or "none" for path in everything})[:8]
         expected = ".tar, .jsonl, .csv, .tsv or .parquet" if kind == "auto" else " or ".join(EXTENSIONS[kind])
         raise SourceError(
-            f"The folder {folder} holds no {'usable' if kind == 'auto' else kind} source: {len(everything)} files with "
-            f"extensions {', '.join(endings) or '(no files)'}. Expected {expected}."
+            f"The folder {without_secrets(folder)} holds no {'usable' if kind == 'auto' else kind} source: "
+            f"{len(everything)} files with extensions {', '.join(endings) or '(no files)'}. Expected {expected}."
         )
     return [_address(storage, path) for path in files]
 
@@ -144,47 +152,79 @@ def identity_of(uri: str) -> list[object]:
         status = os.stat(storage.path())
         return [base_name(uri), status.st_size, status.st_mtime_ns]
     info = storage.fs.info(storage.path())
-    return [
-        base_name(uri),
-        info.get("size"),
-        str(info.get("ETag") or info.get("etag") or storage.fs.ukey(storage.path())),
-    ]
+    # Of a web server that gives no tag, fsspec makes one of the address.
+    mark = info.get("ETag") or info.get("etag") or storage.fs.ukey(unsigned(storage.path()))
+    return [base_name(uri), info.get("size"), str(mark)]
 
 
 def image_address(manifest: str, cell: str) -> str:
     """Where an image cell points: itself if absolute or a URI, else relative to the manifest's folder."""
     if "://" in cell or cell.startswith("/"):
         return cell
+    if _WEB.match(manifest):
+        manifest = manifest.partition("?")[0]
     scheme, mark, path = manifest.rpartition("://")
     joined = posixpath.normpath(posixpath.join(posixpath.dirname(path), cell)) if mark else None
     return f"{scheme}://{joined}" if joined else os.path.join(os.path.dirname(manifest), cell)
 
 
+class Pictures:
+    """Reads the pictures that the rows of one part name, wherever they are."""
+
+    def __init__(self, config: IngestConfig) -> None:
+        self._config = config
+        self._max_bytes = config.limits.max_file_mib << 20
+        self._web: WebPictures | None = None
+
+    def read(self, address: str, max_bytes: int | None = None) -> bytes:
+        """The bytes of an image file; of one larger than ``max_bytes`` no more than that is ever in memory.
+
+        Raises:
+            RowFaultError: There is no such file, something is wrong with this one path, or a URL gives no picture.
+            StorageError: The storage cannot be reached; other rows would fare no better.
+        """
+        max_bytes = self._max_bytes if max_bytes is None else max_bytes
+        if not _WEB.match(address):
+            return read_image(address, max_bytes)
+        if self._web is None:
+            from extractor.sources.remote import WebPictures  # slow to import, and most tables name files
+
+            self._web = WebPictures(self._config.fetch)
+        return self._web.read(address, max_bytes)
+
+
 def read_image(address: str, max_bytes: int) -> bytes:
-    """The bytes of an image file.
+    """The bytes of an image file on a disk or in an object store.
 
     Raises:
         RowFaultError: There is no such file, or something is wrong with this one path.
         StorageError: The storage cannot be reached; other rows would fare no better.
     """
     folder, _, name = address.rpartition("/")
+    shown = without_secrets(address)
     if "\0" in address or not name:
-        raise RowFaultError("bad image path", repr(address))
+        raise RowFaultError("bad image path", repr(shown))
     try:
         storage = _folder(folder or ("/" if address.startswith("/") else "."))
-        if storage.is_local and os.path.exists(storage.path(name)) and os.path.getsize(storage.path(name)) > max_bytes:
-            raise RowFaultError("file too large", f"{shown(address)} is larger than the limit of {max_bytes} bytes")
-        data = storage.read_bytes(name)
+        return storage.read_bytes(name, max_bytes)
     except FileNotFoundError as error:
-        raise RowFaultError("image not found", f"no file at {shown(address)}") from error
+        raise RowFaultError("image not found", f"no file at {shown}") from error
     except StorageError as error:
         cause = error.__cause__
-        if isinstance(cause, _PATH_FAULTS) or (isinstance(cause, OSError) and cause.errno in _PATH_ERRNOS):
-            raise RowFaultError("image not readable", f"{shown(address)}: {type(cause).__name__}") from error
+        if isinstance(cause, OSError) and cause.errno == errno.EFBIG:
+            raise RowFaultError("file too large", f"{shown}: {cause.strerror}") from error
+        is_of_this_path = isinstance(cause, _PATH_FAULTS) or (
+            isinstance(cause, OSError) and cause.errno in _PATH_ERRNOS
+        )
+        if is_of_this_path and not (address.startswith(("s3://", "s3a://")) and _is_of_credentials(cause)):
+            raise RowFaultError("image not readable", f"{shown}: {type(cause).__name__}") from error
         raise
-    if len(data) > max_bytes:
-        raise RowFaultError("file too large", f"{shown(address)}: {len(data)} bytes; the limit is {max_bytes}")
-    return data
+
+
+def _is_of_credentials(error: BaseException | None) -> bool:
+    from common.retries import error_code  # imports botocore
+
+    return error_code(error) in _CREDENTIAL_FAULTS
 
 
 @lru_cache(maxsize=64)

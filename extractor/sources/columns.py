@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from common.errors import SourceError
-from extractor.config import DecodeLimits, IngestConfig
-from extractor.sources.addresses import base_name, image_address, read_image
+from common.storage_errors import unsigned, without_secrets
+from extractor.config import IngestConfig
+from extractor.sources.addresses import Pictures, base_name, image_address
 from extractor.sources.record import (
     Columns,
     Part,
@@ -37,7 +38,7 @@ def choose_columns(present: Iterable[str], config: IngestConfig, where: str) -> 
     Raises:
         SourceError: A configured column is absent, or there is no image or caption column; lists those present.
     """
-    names = list(present)
+    names, where = list(present), without_secrets(where)
     chosen: dict[str, str | None] = {}
     for what, usual in USUAL_NAMES.items():
         asked: str | None = getattr(config.columns, what)
@@ -55,7 +56,7 @@ def choose_columns(present: Iterable[str], config: IngestConfig, where: str) -> 
     return Columns(**chosen)  # type: ignore[arg-type]  # the two required ones are strings now
 
 
-def record_of(row: Mapping[str, Any], part: Part, number: int, config: IngestConfig) -> Record:
+def record_of(row: Mapping[str, Any], part: Part, number: int, config: IngestConfig, pictures: Pictures) -> Record:
     """One row of a table as a record; whatever is wrong with it becomes the record's reason.
 
     Args:
@@ -63,6 +64,7 @@ def record_of(row: Mapping[str, Any], part: Part, number: int, config: IngestCon
         part: Where the row is from.
         number: Of the row within the file, from 0.
         config: Filters.
+        pictures: Reads the part's pictures.
     """
     columns = part.columns
     assert columns is not None, "tables are planned with their columns"
@@ -76,7 +78,7 @@ def record_of(row: Mapping[str, Any], part: Part, number: int, config: IngestCon
             return Record(key, filtered=True)
         captions = clean_captions(row.get(columns.caption))
         split = clean_split(row.get(columns.split)) if columns.split else None
-        image = _image_bytes(cell, part, config.limits)
+        image = _image_bytes(cell, part, config, pictures)
     except RowFaultError as fault:
         return Record(key, reason=fault.reason, detail=f"row {number + 1}: {fault.detail}")
     return Record(key, image, captions, modality, label, license_name, split)
@@ -89,11 +91,12 @@ def _row_name(cell: Any, number: int) -> str:
     path = clean_text(cell) if isinstance(cell, str) else None
     if path is None:
         return f"#{number}"
-    return base_name(path) if "://" in path or path.startswith("/") else path
+    return base_name(path) if "://" in path or path.startswith("/") else unsigned(path)
 
 
-def _image_bytes(cell: Any, part: Part, limits: DecodeLimits) -> bytes:
+def _image_bytes(cell: Any, part: Part, config: IngestConfig, pictures: Pictures) -> bytes:
     path = None
+    limits = config.limits
     if isinstance(cell, dict):
         cell, path = cell.get("bytes"), cell.get("path")
     if isinstance(cell, bytes):
@@ -103,4 +106,4 @@ def _image_bytes(cell: Any, part: Part, limits: DecodeLimits) -> bytes:
     path = clean_text(cell if isinstance(cell, str) else path)
     if path is None:
         raise RowFaultError("no image", "the image cell is empty")
-    return read_image(image_address(part.uri, path), limits.max_file_mib << 20)
+    return pictures.read(image_address(part.uri, path))

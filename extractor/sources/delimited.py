@@ -6,8 +6,9 @@ import csv
 from collections.abc import Iterator
 
 from common.errors import SourceError
+from common.storage_errors import without_secrets
 from extractor.config import IngestConfig
-from extractor.sources.addresses import base_name
+from extractor.sources.addresses import Pictures, base_name
 from extractor.sources.columns import choose_columns, record_of
 from extractor.sources.lines import Line, open_lines, plan_lines
 from extractor.sources.record import Part, Record
@@ -27,8 +28,8 @@ def parts(uri: str, config: IngestConfig) -> list[Part]:
         text = line.decode("utf-8-sig").strip("\r\n")
     except UnicodeDecodeError as error:
         raise SourceError(
-            f"The first line of {uri} is not UTF-8 text ({error}). Expected a header such as filepath,title; "
-            "save the table as UTF-8."
+            f"The first line of {without_secrets(uri)} is not UTF-8 text ({error}). Expected a header such as "
+            "filepath,title; save the table as UTF-8."
         ) from error
     delimiter = max(DELIMITERS, key=text.count)
     header = tuple(name.strip() for name in next(csv.reader([text], delimiter=delimiter), []))
@@ -45,6 +46,7 @@ def parts(uri: str, config: IngestConfig) -> list[Part]:
 
 def read(part: Part, config: IngestConfig) -> Iterator[Record]:
     """Each row of a part as a record; a row with another number of cells is a record with a reason."""
+    pictures = Pictures(config)
     with open_lines(part.uri, part.begin, part.end) as lines:
         for number, (_, cells, fault) in enumerate(_rows(lines, part.delimiter), part.first_row):
             if not fault and len(cells) != len(part.header):
@@ -52,7 +54,7 @@ def read(part: Part, config: IngestConfig) -> Iterator[Record]:
             if fault:
                 yield Record(f"{part.name}/#{number}", reason="malformed row", detail=f"row {number + 1}: {fault}")
             else:
-                yield record_of(dict(zip(part.header, cells, strict=True)), part, number, config)
+                yield record_of(dict(zip(part.header, cells, strict=True)), part, number, config, pictures)
 
 
 def _rows(lines: Iterator[Line], delimiter: str) -> Iterator[tuple[int, list[str], str]]:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from common.errors import SourceError
+from common.storage_errors import without_secrets
 from extractor.config import IngestConfig
-from extractor.sources.addresses import base_name
+from extractor.sources.addresses import Pictures, base_name
 from extractor.sources.columns import choose_columns, record_of
 from extractor.sources.lines import open_lines, plan_lines
 from extractor.sources.record import Part, Record
@@ -32,7 +33,7 @@ def parts(uri: str, config: IngestConfig) -> list[Part]:
             present.update(dict.fromkeys(row))
     if not present:
         raise SourceError(
-            f"{uri} does not hold JSON Lines: none of its first {looked_at} lines is a JSON object. "
+            f"{without_secrets(uri)} does not hold JSON Lines: none of its first {looked_at} lines is a JSON object. "
             'Expected lines such as {"image": "images/1.jpg", "caption": "..."}; name another --format if it is none.'
         )
     columns = choose_columns(present, config, uri)
@@ -41,13 +42,14 @@ def parts(uri: str, config: IngestConfig) -> list[Part]:
 
 def read(part: Part, config: IngestConfig) -> Iterator[Record]:
     """Each line of a part as a record; a malformed line is a record with a reason."""
+    pictures = Pictures(config)
     with open_lines(part.uri, part.begin, part.end) as lines:
         for number, (_, line) in enumerate(lines, part.first_row):
             row, fault = _parse(line)
             if fault:
                 yield Record(f"{part.name}/#{number}", reason="malformed line", detail=f"row {number + 1}: {fault}")
             else:
-                yield record_of(row, part, number, config)
+                yield record_of(row, part, number, config, pictures)
 
 
 def _parse(line: bytes) -> tuple[dict[str, Any], str]:

@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import cast
 
 import fsspec
+from fsspec.utils import infer_compression
 
 from common.errors import SourceError
 from common.storage import Storage
+from common.storage_errors import explained, without_secrets
+from extractor.sources.addresses import base_name
 
 ROWS_PER_PART = 512
 """Rows one task reads: a few seconds of decoding."""
@@ -32,12 +35,15 @@ def open_lines(uri: str, begin: int = 0, end: int | None = None) -> Iterator[Ite
         SourceError: It is compressed and damaged.
     """
     Storage(uri).exists()  # says in plain words what is wrong with the storage, if anything
-    with fsspec.open(uri, "rb", compression="infer") as stream:
+    compression = infer_compression(base_name(uri))
+    with explained(f"read {uri}"), fsspec.open(uri, "rb", compression=compression) as stream:
         try:
             # Remote files of fsspec know no length limit in readline.
             yield _lines(io.BufferedReader(cast(io.RawIOBase, stream), 1 << 20), begin, end)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise SourceError(f"{uri} is damaged or cut off ({error}). Unpack it to see how far it goes.") from error
+            raise SourceError(
+                f"{without_secrets(uri)} is damaged or cut off ({error}). Unpack it to see how far it goes."
+            ) from error
 
 
 def _lines(stream: io.BufferedReader, begin: int, end: int | None) -> Iterator[Line]:

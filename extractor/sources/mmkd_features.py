@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from common.errors import SourceError
+from common.storage_errors import without_secrets
 from extractor.config import IngestConfig
-from extractor.sources.addresses import base_name, image_address, read_image
+from extractor.sources.addresses import Pictures, base_name, image_address
 from extractor.sources.lines import open_lines, plan_lines
 from extractor.sources.record import Part, Record, RowFaultError, clean_captions, clean_text, is_kept
 from extractor.sources.webdataset import MAX_JSON_BYTES, modality_of, texts
@@ -35,20 +36,22 @@ def parts(uri: str, config: IngestConfig) -> list[Part]:
     missing = [key for key in KEYS if key not in parse_line(first)]
     if missing:
         raise SourceError(
-            f"{uri} is not a table of MMKD-CLIP's features: its first line lacks {', '.join(missing)}. Expected lines "
-            'such as {"id": "0bcd...", "folderid": "data_1", "imgpath": "features/...jpg", "txt": "..."}.'
+            f"{without_secrets(uri)} is not a table of MMKD-CLIP's features: its first line lacks "
+            f"{', '.join(missing)}. Expected lines such as "
+            '{"id": "0bcd...", "folderid": "data_1", "imgpath": "features/...jpg", "txt": "..."}.'
         )
     return [Part(KIND, uri, base_name(uri), begin, end, first_row) for begin, end, first_row in plan_lines(uri)]
 
 
 def read(part: Part, config: IngestConfig) -> Iterator[Record]:
     """Each line of a part as a record."""
+    pictures = Pictures(config)
     with open_lines(part.uri, part.begin, part.end) as lines:
         for number, (_, line) in enumerate(lines, part.first_row):
             row = parse_line(line)
             key = f"{part.name}/{row_key(row) or f'#{number}'}"
             try:
-                yield _record(row, key, part, config)
+                yield _record(row, key, part, config, pictures)
             except RowFaultError as fault:
                 yield Record(key, reason=fault.reason, detail=f"row {number + 1}: {fault.detail}")
 
@@ -70,10 +73,10 @@ def row_key(row: dict[str, Any]) -> str | None:
     return "/".join(str(name) for name in names)
 
 
-def _record(row: dict[str, Any], key: str, part: Part, config: IngestConfig) -> Record:
+def _record(row: dict[str, Any], key: str, part: Part, config: IngestConfig, pictures: Pictures) -> Record:
     if row_key(row) is None:
         raise RowFaultError("malformed line", "no JSON object with plain names for id and folderid")
-    metadata = _metadata(row, part)
+    metadata = _metadata(row, part, pictures)
     primary, secondary = (texts(metadata.get(f"image_{which}_label")) for which in ("primary", "secondary"))
     license_name = clean_text(metadata.get("article_license"))
     if not is_kept((*primary, *secondary), clean_text(metadata.get("image_panel_type")), license_name, config):
@@ -82,17 +85,17 @@ def _record(row: dict[str, Any], key: str, part: Part, config: IngestConfig) -> 
     path = clean_text(row.get("imgpath"))
     if path is None:
         raise RowFaultError("no image", "imgpath is empty")
-    image = read_image(image_address(part.uri, path), config.limits.max_file_mib << 20)
+    image = pictures.read(image_address(part.uri, path))
     return Record(key, image, captions, modality=modality_of(primary, secondary), license=license_name)
 
 
-def _metadata(row: dict[str, Any], part: Part) -> dict[str, Any]:
+def _metadata(row: dict[str, Any], part: Part, pictures: Pictures) -> dict[str, Any]:
     """The article's; a row that names none has none."""
     path = clean_text(row.get("metapath"))
     if path is None:
         return {}
     try:
-        content = read_image(image_address(part.uri, path), MAX_JSON_BYTES)
+        content = pictures.read(image_address(part.uri, path), MAX_JSON_BYTES)
     except RowFaultError as fault:
         raise RowFaultError(fault.reason.replace("image", "metadata"), fault.detail) from fault
     try:

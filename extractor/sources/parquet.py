@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 
 from common.errors import SourceError
 from common.storage import Storage
+from common.storage_errors import explained, without_secrets
 from extractor.config import IngestConfig
-from extractor.sources.addresses import base_name
+from extractor.sources.addresses import Pictures, base_name
 from extractor.sources.columns import choose_columns, record_of
 from extractor.sources.lines import ROWS_PER_PART
 from extractor.sources.record import Part, Record
@@ -31,7 +32,9 @@ def parts(uri: str, config: IngestConfig) -> list[Part]:
         with storage.fs.open(storage.path(), "rb") as stream:
             footer = pq.read_metadata(stream)
     except (pa.ArrowInvalid, OSError) as error:
-        raise SourceError(f"{uri} cannot be read as Parquet: {error}. Check that it was copied whole.") from error
+        raise SourceError(
+            without_secrets(f"{uri} cannot be read as Parquet: {error}. Check that it was copied whole.")
+        ) from error
     columns = choose_columns(footer.schema.to_arrow_schema().names, config, uri)
     found: list[Part] = []
     begin = first = rows = 0
@@ -49,7 +52,8 @@ def read(part: Part, config: IngestConfig) -> Iterator[Record]:
     assert part.end is not None, "Parquet is planned by row groups"
     storage = Storage(part.uri)
     number = part.first_row
-    with storage.fs.open(storage.path(), "rb") as stream:
+    pictures = Pictures(config)
+    with explained(f"read {part.uri}"), storage.fs.open(storage.path(), "rb") as stream:
         # No pre-buffering: it would hold a whole row group of pictures in memory.
         file = pq.ParquetFile(stream, pre_buffer=False)
         groups = range(part.begin, part.end)
@@ -64,5 +68,5 @@ def read(part: Part, config: IngestConfig) -> Iterator[Record]:
             if batch is None:
                 return
             for row in batch.to_pylist():
-                yield record_of(row, part, number, config)
+                yield record_of(row, part, number, config, pictures)
                 number += 1

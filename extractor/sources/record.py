@@ -10,6 +10,9 @@ from extractor.config import IngestConfig
 MAX_CAPTION_CHARS = 100_000
 """Longer captions are rejected: whole articles pasted into a caption column, which no tokenizer reads anyway."""
 
+NOT_REACHABLE = "not reachable"
+"""How the reason begins where a URL gives no picture; what the server or the network said comes behind."""
+
 
 @dataclass(frozen=True)
 class Columns:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from common.storage import Storage
+from common.storage_errors import explained
 from extractor.config import IngestConfig
 from extractor.sources.addresses import base_name
 from extractor.sources.columns import USUAL_NAMES
@@ -55,7 +56,7 @@ def parts(uri: str, config: IngestConfig) -> list[Part]:
 def read(part: Part, config: IngestConfig) -> Iterator[Record]:
     """Each sample of a tar as a record; a tar that breaks off ends with one record that says so."""
     storage = Storage(part.uri)
-    with storage.fs.open(storage.path(), "rb") as stream:
+    with explained(f"read {part.uri}"), storage.fs.open(storage.path(), "rb") as stream:
         for key, members in _samples(stream, config.limits.max_file_mib << 20):
             source_key = f"{part.name}/{clean_text(key) or '?'}"
             try:

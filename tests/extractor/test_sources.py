@@ -7,9 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from common.errors import SourceError
+from common.storage_errors import without_secrets
 from extractor.config import IngestConfig
 from extractor.sources import SOURCES, lines, plan_sources, read_part
-from extractor.sources.addresses import EXTENSIONS, expand_braces, image_address, shown
+from extractor.sources.addresses import EXTENSIONS, expand_braces, image_address
 from extractor.sources.record import MAX_CAPTION_CHARS, Part, RowFaultError, clean_captions, clean_text, is_kept
 
 PIXEL = b"\x89PNG the sources never look inside"
@@ -224,8 +225,8 @@ def test_addresses_are_joined_and_shown_without_secrets():
     assert image_address("s3://b/set/p.jsonl", "../other/1.png") == "s3://b/other/1.png"
     assert image_address("/data/p.jsonl", "i/1.png") == "/data/i/1.png"
     assert image_address("s3://b/p.jsonl", "https://host/1.png") == "https://host/1.png"
-    assert shown("https://me:secret@host/1.png?X-Amz-Signature=abc") == "https://host/1.png"
-    assert shown("/data/odd?name@x.png") == "/data/odd?name@x.png"
+    assert without_secrets("https://me:secret@host/1.png?X-Amz-Signature=abc") == "https://host/1.png"
+    assert without_secrets("/data/odd?name@x.png") == "/data/odd?name@x.png"
 
 
 def test_every_kind_has_extensions_a_module_and_a_format():
