@@ -346,7 +346,7 @@ def _check_depth(image: ImageFile.ImageFile, data: bytes) -> None:
     if image.format == "SGI":
         bits = 8 * data[3]
     elif image.format == "JPEG2000" and image.mode not in _DEEP_MODES:
-        bits = (data[data.find(b"\xff\x4f\xff\x51") + 42] & 0x7F) + 1  # the first component's, in the SIZ marker
+        bits = (data[data.find(b"\xff\x4f\xff\x51") + 42] & 0x7F) + 1  # the first component's, in the header of sizes
     elif image.format == "PPM" and image.tile[0].codec_name == "ppm_plain" and _is_deep_pixmap(image):
         bits = 16
     if bits > 8:

@@ -103,7 +103,7 @@ REFUSED = [
     ("ViT", {"do_flip_channel_order": True}, "do_flip_channel_order"),
     ("CLIP", {"crop_pct": 0.9}, "crop_pct"),
     ("CLIP", {"image_processor_type": "EfficientNetImageProcessor"}, "image_processor_type"),
-    ("CLIP", {"sise": 32}, "sise"),
+    ("CLIP", {"sizes": 32}, "sizes"),
 ]
 HARMLESS = {
     "image_processor_type": "CLIPImageProcessorFast",
