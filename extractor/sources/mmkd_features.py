@@ -15,7 +15,16 @@ from common.errors import SourceError
 from extractor.config import IngestConfig
 from extractor.sources.addresses import base_name, image_address, read_image
 from extractor.sources.lines import open_lines, plan_lines
-from extractor.sources.record import Part, Record, RowFaultError, clean_captions, clean_text, is_kept
+from extractor.sources.record import (
+    Part,
+    Record,
+    RowFaultError,
+    clean_captions,
+    clean_text,
+    decode_text,
+    decode_utf8,
+    is_kept,
+)
 from extractor.sources.webdataset import MAX_JSON_BYTES, modality_of, texts
 
 KIND = "mmkd-features"
@@ -56,8 +65,8 @@ def read(part: Part, config: IngestConfig) -> Iterator[Record]:
 def parse_line(line: bytes) -> dict[str, Any]:
     """A line as a mapping; empty where it is none."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
+        row = json.loads(decode_utf8(line))
+    except (ValueError, RecursionError, RowFaultError):
         return {}
     return row if isinstance(row, dict) else {}
 
@@ -96,7 +105,7 @@ def _metadata(row: dict[str, Any], part: Part) -> dict[str, Any]:
     except RowFaultError as fault:
         raise RowFaultError(fault.reason.replace("image", "metadata"), fault.detail) from fault
     try:
-        found = json.loads(content.decode("utf-8-sig"))
+        found = json.loads(decode_text(content))
     except (ValueError, RecursionError) as error:
         raise RowFaultError("malformed metadata", f"{path} is not JSON ({error})") from error
     if not isinstance(found, dict):

@@ -15,7 +15,7 @@ from cluster.cli import app
 COMMON = {"--config", "--set", "--print-config"}
 SURFACE = {
     "demo": {"--lake", "--pairs", "--teachers", "--catalog", "--seed"} | COMMON,
-    "ingest": {"--format", "--image-column", "--caption-column", "--max-side"} | COMMON,
+    "ingest": {"--format", "--image-column", "--caption-column", "--no-quotes", "--max-side"} | COMMON,
     "import mmkd-features": {"--accept-terms", "--projected", "--stored-precision"} | COMMON,
     "plan": {
         "--teachers",
