@@ -110,8 +110,9 @@ def _has_quotes(uri: str, header: str, delimiter: str) -> bool:
 
 
 def _reader(texts: Iterable[str], delimiter: str, quotes: bool) -> Iterator[list[str]]:
-    quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
-    return csv.reader(texts, delimiter=delimiter, quoting=quoting, strict=True)
+    if quotes:
+        return csv.reader(texts, delimiter=delimiter, strict=True)
+    return csv.reader(texts, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True)
 
 
 def _rows(lines: Iterator[Line], delimiter: str, quotes: bool) -> Iterator[tuple[int, list[str], str]]:
