@@ -60,6 +60,11 @@ class IngestConfig(StrictModel):
         "auto", description="auto looks at the extension; name it when the extension does not tell."
     )
     columns: ColumnNames = ColumnNames()
+    quotes: bool | None = Field(
+        None,
+        description="false (--no-quotes): quotes in CSV and TSV are ordinary characters. true: cells may be quoted. "
+        "None: they may, but between tabs only where a cell with doubled quotes shows it.",
+    )
     keep_labels: tuple[str, ...] = Field((), description="Keep only rows with one of these image labels (BIOMEDICA).")
     keep_panels: tuple[str, ...] = Field((), description="Keep only rows with one of these panel types (BIOMEDICA).")
     keep_licenses: tuple[str, ...] = Field(

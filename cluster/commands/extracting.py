@@ -29,6 +29,9 @@ def ingest(
     ] = None,
     image_column: Annotated[str | None, typer.Option(help="Column with the image path, URI or bytes.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="Column with the caption or captions.")] = None,
+    no_quotes: Annotated[
+        bool, typer.Option("--no-quotes", help="Quotes in CSV and TSV are ordinary characters: no cell is quoted.")
+    ] = False,
     max_side: Annotated[int | None, typer.Option(help="Re-encode pictures larger than this many pixels.")] = None,
     config: ConfigFile = None,
     overrides: Overrides = None,
@@ -48,6 +51,7 @@ def ingest(
         config,
         [*named, *(overrides or ())],
         format=source_format,
+        quotes=False if no_quotes else None,
         max_side=max_side,
     )
     if print_config:

@@ -15,6 +15,7 @@ from common.errors import SourceError
 from common.storage_errors import without_secrets
 from extractor.config import IngestConfig
 from extractor.sources.addresses import EXTENSIONS, find_files, kind_of
+from extractor.sources.delimited import say_dialects
 from extractor.sources.record import Part, Record
 
 SOURCES = {  # kind -> module with parts() and read()
@@ -34,7 +35,9 @@ def plan_sources(sources: list[str], config: IngestConfig) -> list[Part]:
         StorageError: A source's storage cannot be reached.
     """
     files = [file for source in sources for file in find_files(source, config.format)]
-    return [part for file in files for part in _module(_kind(file, config)).parts(file, config)]
+    planned = [part for file in files for part in _module(_kind(file, config)).parts(file, config)]
+    say_dialects(planned)
+    return planned
 
 
 def read_part(part: Part, config: IngestConfig) -> Iterator[Record]:

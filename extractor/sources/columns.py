@@ -56,6 +56,18 @@ def choose_columns(present: Iterable[str], config: IngestConfig, where: str) -> 
     return Columns(**chosen)  # type: ignore[arg-type]  # the two required ones are strings now
 
 
+def has_columns(present: Iterable[str], config: IngestConfig) -> bool:
+    """Whether :func:`choose_columns` would find all that is needed or asked for."""
+    names = set(present)
+    for what, usual in USUAL_NAMES.items():
+        asked: str | None = getattr(config.columns, what)
+        if asked is not None and asked not in names:
+            return False
+        if asked is None and what in _REQUIRED and names.isdisjoint(usual):
+            return False
+    return True
+
+
 def record_of(row: Mapping[str, Any], part: Part, number: int, config: IngestConfig, pictures: Pictures) -> Record:
     """One row of a table as a record; whatever is wrong with it becomes the record's reason.
 
@@ -68,20 +80,28 @@ def record_of(row: Mapping[str, Any], part: Part, number: int, config: IngestCon
     """
     columns = part.columns
     assert columns is not None, "tables are planned with their columns"
-    cell = row.get(columns.image)
-    key = f"{part.name}/{_row_name(cell, number)}"
+    image_cell = _cell(row, "image", columns, config)
+    key = f"{part.name}/{_row_name(image_cell, number)}"
     try:
         modality, label, license_name = (
-            clean_text(row.get(name)) if name else None for name in (columns.modality, columns.label, columns.license)
+            clean_text(_cell(row, what, columns, config)) for what in ("modality", "label", "license")
         )
         if not is_kept((label,) if label else (), None, license_name, config):
             return Record(key, filtered=True)
-        captions = clean_captions(row.get(columns.caption))
-        split = clean_split(row.get(columns.split)) if columns.split else None
-        image = _image_bytes(cell, part, config, pictures)
+        captions = clean_captions(_cell(row, "caption", columns, config))
+        split = clean_split(_cell(row, "split", columns, config))
+        image = _image_bytes(image_cell, part, config, pictures)
     except RowFaultError as fault:
         return Record(key, reason=fault.reason, detail=f"row {number + 1}: {fault.detail}")
     return Record(key, image, captions, modality, label, license_name, split)
+
+
+def _cell(row: Mapping[str, Any], what: str, columns: Columns, config: IngestConfig) -> Any:
+    """What a row holds in the table's column or, having none such, under the first usual name among its own keys."""
+    name: str | None = getattr(columns, what)
+    if (name is None or name not in row) and getattr(config.columns, what) is None:
+        name = next((usual for usual in USUAL_NAMES[what] if usual in row), None)
+    return None if name is None else row.get(name)
 
 
 def _row_name(cell: Any, number: int) -> str:

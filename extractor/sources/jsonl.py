@@ -10,30 +10,31 @@ from common.errors import SourceError
 from common.storage_errors import without_secrets
 from extractor.config import IngestConfig
 from extractor.sources.addresses import Pictures, base_name
-from extractor.sources.columns import choose_columns, record_of
+from extractor.sources.columns import choose_columns, has_columns, record_of
 from extractor.sources.lines import open_lines, plan_lines
-from extractor.sources.record import Part, Record
+from extractor.sources.record import Part, Record, RowFaultError, decode_utf8
 
 SAMPLE_ROWS = 100
-"""Rows looked at to learn the columns; a column that first appears later is not seen."""
+"""Rows looked at to learn which of the usual names this table prefers; each row's own keys are read all the same."""
 
 
 def parts(uri: str, config: IngestConfig) -> list[Part]:
     """Plan one part per ``ROWS_PER_PART`` lines.
 
     Raises:
-        SourceError: None of the first lines is a JSON object, or a column is missing.
+        SourceError: None of the lines is a JSON object, or no row has a column that is needed or asked for.
     """
     present: dict[str, None] = {}
     looked_at = 0
     with open_lines(uri) as lines:
-        for _, (_, line) in zip(range(SAMPLE_ROWS), lines, strict=False):
-            looked_at += 1
-            row, _ = _parse(line)
-            present.update(dict.fromkeys(row))
+        for looked_at, (_, line) in enumerate(lines, 1):
+            present.update(dict.fromkeys(_parse(line)[0]))
+            # Rows may leave out what they lack: only the whole table shows that no row has a column.
+            if looked_at >= SAMPLE_ROWS and has_columns(present, config):
+                break
     if not present:
         raise SourceError(
-            f"{without_secrets(uri)} does not hold JSON Lines: none of its first {looked_at} lines is a JSON object. "
+            f"{without_secrets(uri)} does not hold JSON Lines: none of its {looked_at} lines is a JSON object. "
             'Expected lines such as {"image": "images/1.jpg", "caption": "..."}; name another --format if it is none.'
         )
     columns = choose_columns(present, config, uri)
@@ -47,14 +48,20 @@ def read(part: Part, config: IngestConfig) -> Iterator[Record]:
         for number, (_, line) in enumerate(lines, part.first_row):
             row, fault = _parse(line)
             if fault:
-                yield Record(f"{part.name}/#{number}", reason="malformed line", detail=f"row {number + 1}: {fault}")
+                detail = f"row {number + 1}: {fault.detail}"
+                yield Record(f"{part.name}/#{number}", reason=fault.reason, detail=detail)
             else:
                 yield record_of(row, part, number, config, pictures)
 
 
-def _parse(line: bytes) -> tuple[dict[str, Any], str]:
+def _parse(line: bytes) -> tuple[dict[str, Any], RowFaultError | None]:
+    """A line as an object, empty if it is none, and what is wrong with it."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(decode_utf8(line))
+    except RowFaultError as fault:
+        return {}, fault
     except (ValueError, RecursionError) as error:
-        return {}, f"not JSON ({error})"
-    return (row, "") if isinstance(row, dict) else ({}, f"a JSON {type(row).__name__}, not an object")
+        return {}, RowFaultError("malformed line", f"not JSON ({error})")
+    if not isinstance(row, dict):
+        return {}, RowFaultError("malformed line", f"a JSON {type(row).__name__}, not an object")
+    return row, None

@@ -16,7 +16,16 @@ from common.storage_errors import without_secrets
 from extractor.config import IngestConfig
 from extractor.sources.addresses import Pictures, base_name, image_address
 from extractor.sources.lines import open_lines, plan_lines
-from extractor.sources.record import Part, Record, RowFaultError, clean_captions, clean_text, is_kept
+from extractor.sources.record import (
+    Part,
+    Record,
+    RowFaultError,
+    clean_captions,
+    clean_text,
+    decode_text,
+    decode_utf8,
+    is_kept,
+)
 from extractor.sources.webdataset import MAX_JSON_BYTES, modality_of, texts
 
 KIND = "mmkd-features"
@@ -59,8 +68,8 @@ def read(part: Part, config: IngestConfig) -> Iterator[Record]:
 def parse_line(line: bytes) -> dict[str, Any]:
     """A line as a mapping; empty where it is none."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
+        row = json.loads(decode_utf8(line))
+    except (ValueError, RecursionError, RowFaultError):
         return {}
     return row if isinstance(row, dict) else {}
 
@@ -99,7 +108,7 @@ def _metadata(row: dict[str, Any], part: Part, pictures: Pictures) -> dict[str, 
     except RowFaultError as fault:
         raise RowFaultError(fault.reason.replace("image", "metadata"), fault.detail) from fault
     try:
-        found = json.loads(content.decode("utf-8-sig"))
+        found = json.loads(decode_text(content))
     except (ValueError, RecursionError) as error:
         raise RowFaultError("malformed metadata", f"{path} is not JSON ({error})") from error
     if not isinstance(found, dict):

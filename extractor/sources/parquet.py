@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -67,6 +68,20 @@ def read(part: Part, config: IngestConfig) -> Iterator[Record]:
                 return
             if batch is None:
                 return
-            for row in batch.to_pylist():
-                yield record_of(row, part, number, config, pictures)
+            for row in _rows(batch):
+                if row is None:
+                    detail = f"row {number + 1}: not UTF-8 text"
+                    yield Record(f"{part.name}/#{number}", reason="malformed row", detail=detail)
+                else:
+                    yield record_of(row, part, number, config, pictures)
                 number += 1
+
+
+def _rows(batch: pa.RecordBatch) -> list[dict[str, Any] | None]:
+    """The rows of a batch; None for one with a text that is not UTF-8, which the format demands and nobody checks."""
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [None]
+    return [row for index in range(batch.num_rows) for row in _rows(batch.slice(index, 1))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from extractor.config import IngestConfig
 
 MAX_CAPTION_CHARS = 100_000
 """Longer captions are rejected: whole articles pasted into a caption column, which no tokenizer reads anyway."""
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 NOT_REACHABLE = "not reachable"
 """How the reason begins where a URL gives no picture; what the server or the network said comes behind."""
@@ -39,12 +41,13 @@ class Part:
         kind: Key of ``extractor.sources.SOURCES``.
         uri: The file.
         name: The file's base name, which begins every source key: the same on any machine.
-        begin: First byte (text tables) or row group (Parquet).
+        begin: First byte (text tables; 0 is the whole table, its header too) or row group (Parquet).
         end: One past the last; None reads to the end.
         first_row: Number of the first row within the file, from 0.
         columns: For tables, what is where.
         header: For delimited text, the names of all columns in order.
         delimiter: For delimited text, what stands between cells.
+        quotes: For delimited text, whether cells may be quoted; otherwise quotes are characters like any other.
     """
 
     kind: str
@@ -56,6 +59,7 @@ class Part:
     columns: Columns | None = None
     header: tuple[str, ...] = ()
     delimiter: str = ","
+    quotes: bool = True
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Part:
@@ -91,11 +95,45 @@ class RowFaultError(Exception):
         self.reason, self.detail = reason, detail
 
 
+def decode_text(data: bytes) -> str:
+    """The text that a file holds: UTF-8 with or without a byte order mark, or UTF-16 with one.
+
+    Raises:
+        RowFaultError: It is neither. No other encoding is guessed at: a wrong guess would store other words.
+    """
+    if not data.startswith(UTF16_MARKS):
+        return decode_utf8(data)
+    try:
+        return decode_utf8(data.decode("utf-16").encode())
+    except UnicodeError as error:
+        raise RowFaultError("malformed row", f"not UTF-16 text, as its first two bytes say ({error})") from error
+
+
+def decode_utf8(data: bytes) -> str:
+    """A line or a cell as text; a byte order mark is taken off.
+
+    Raises:
+        RowFaultError: It is not UTF-8.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RowFaultError("malformed row", f"not UTF-8 text ({error})") from error
+    if "\0" in text:
+        raise RowFaultError("malformed row", "not UTF-8 text (it holds zero bytes, as UTF-16 and UTF-32 do)")
+    return text
+
+
 def clean_text(value: Any) -> str | None:
     """A cell as text that any Arrow reader accepts, without surrounding space; None for nothing.
 
     Lone surrogates and NUL characters, which come from damaged JSON and file names, become ``?``.
+
+    Raises:
+        RowFaultError: It is bytes, as a Parquet file may hold, and they are no text.
     """
+    if isinstance(value, bytes):
+        value = decode_text(value)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
     if value != value:  # NaN is how pandas writes an empty cell

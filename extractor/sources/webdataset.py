@@ -1,7 +1,11 @@
-"""WebDataset tars: files that share a name up to its first dot are one sample. BIOMEDICA's tars are such.
+"""WebDataset tars: files that share a name up to its last dot are one sample. BIOMEDICA's tars are such.
+
+Names may have more dots: ``1.2.840.jpg`` and ``1.2.840.txt`` are the sample ``1.2.840``. WebDataset itself cuts at the
+first dot, so that ``g.seg.png`` is another picture of sample ``g``: one that is no sample by itself and lies beside
+``g`` is passed over.
 
 A tar is read as a stream and nothing is written to disk, so a member's name is only a key, whatever it says. Members
-of other kinds (``.pickle``, ``.pyd``, links, devices) are passed over unread.
+of other kinds (``.pickle``, ``.pyd``, links, devices) are passed over unread, and counted in the log.
 
 BIOMEDICA's ``.json`` gives the modality, the labels to filter by, the panel type and the licence. Its primary labels
 "Clinical Imaging" and "Microscopy" are umbrellas (CT and endoscopy are both the former), so the modality is the first
@@ -14,9 +18,11 @@ import json
 import lzma
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from common.logs import logger
 from common.storage import Storage
 from common.storage_errors import explained
 from extractor.config import IngestConfig
@@ -30,10 +36,16 @@ from extractor.sources.record import (
     clean_captions,
     clean_split,
     clean_text,
+    decode_text,
     is_kept,
 )
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "tif", "tiff", "bmp", "gif", "jp2", "avif")
+KNOWN = (*IMAGES, "txt", "json")
+MAX_UNDECIDED = 4
+"""Samples in memory of which it is not known yet whether they are another's further files."""
+MAX_RULES = 64
+"""Kinds of members passed over that are told apart: a tar may hold a million extensions."""
 MAX_JSON_BYTES = 64 << 20  # BIOMEDICA's hold whole articles
 READ_BYTES = 1 << 16
 """At once, about a picture: of less it is put together from pieces, of more what is left over is copied each time."""
@@ -56,23 +68,31 @@ def parts(uri: str, config: IngestConfig) -> list[Part]:
 def read(part: Part, config: IngestConfig) -> Iterator[Record]:
     """Each sample of a tar as a record; a tar that breaks off ends with one record that says so."""
     storage = Storage(part.uri)
+    passed: Counter[str] = Counter()
     with explained(f"read {part.uri}"), storage.fs.open(storage.path(), "rb") as stream:
-        for key, members in _samples(stream, config.limits.max_file_mib << 20):
+        for key, members in _samples(stream, config.limits.max_file_mib << 20, passed):
             source_key = f"{part.name}/{clean_text(key) or '?'}"
             try:
                 yield _record(source_key, members, config)
             except RowFaultError as fault:
                 yield Record(source_key, reason=fault.reason, detail=fault.detail)
+    if passed:
+        # A warning, because workers of a cluster say nothing less.
+        logger.warning(
+            "ingest: %s: passed over %d members that are no part of a sample: %s. A sample is the files whose names "
+            "are the same up to the last dot, with one of these behind it: %s.",
+            *(part.name, passed.total(), ", ".join(f"{rule} {count}" for rule, count in passed.most_common(8))),
+            ", ".join(KNOWN),
+        )
 
 
 Members = dict[str, "bytes | RowFaultError"]
 """Extension -> content of a sample's file, or what is wrong with it."""
 
 
-def _samples(stream: Any, max_bytes: int) -> Iterator[tuple[str, Members]]:
-    """Key and members of each sample, in order."""
-    key: str | None = None
-    members: Members = {}
+def _samples(stream: Any, max_bytes: int, passed: Counter[str]) -> Iterator[tuple[str, Members]]:
+    """Key and members of each sample, in order; ``passed`` counts by rule what is in none."""
+    window = _Window(passed)
     name = ""
     try:
         with tarfile.open(fileobj=stream, mode="r|*", bufsize=READ_BYTES) as tar:
@@ -80,31 +100,98 @@ def _samples(stream: Any, max_bytes: int) -> Iterator[tuple[str, Members]]:
                 # Streaming keeps every header it has seen; a tar of a million members would fill the memory.
                 tar.members = []  # type: ignore[attr-defined]  # there since ever, missing in the stubs
                 name = member.name
-                stem, extension = _split_name(name)
-                if not member.isreg() or extension not in (*IMAGES, "txt", "json"):
+                rule = _unusable(member)
+                if rule is not None:
+                    if not member.isdir():
+                        passed[rule if rule in passed or len(passed) < MAX_RULES else "others"] += 1
                     continue
-                if key is not None and (stem != key or extension in members):
-                    yield key, members
-                    members = {}
-                key = stem
+                key, extension = _split_name(name)
+                yield from window.make_room(key, extension)
+                members = window.open[key]
                 members[extension] = RowFaultError("truncated tar", f"the tar ends within {name}")
                 members[extension] = _content(tar, member, extension, max_bytes)
     except _TAR_ERRORS as error:
-        if not any(
-            isinstance(content, RowFaultError) and content.reason == "truncated tar" for content in members.values()
-        ):
-            if key is not None and members:
-                yield key, members
+        said = any(
+            isinstance(content, RowFaultError) and content.reason == "truncated tar"
+            for members in window.open.values()
+            for content in members.values()
+        )
+        yield from window.close()
+        if not said:
             fault = RowFaultError("truncated tar", f"{type(error).__name__} behind member {name!r}: {error}")
-            key, members = "(rest of the tar)", {"jpg": fault}
-    if key is not None and members:
-        yield key, members
+            yield "(rest of the tar)", {"jpg": fault}
+    yield from window.close()
+
+
+class _Window:
+    """The samples of a stream that are not complete, or may be part of another: names that begin alike, with dots.
+
+    Args:
+        passed: Where files are counted that are another sample's.
+    """
+
+    def __init__(self, passed: Counter[str]) -> None:
+        self.open: dict[str, Members] = {}
+        self._passed = passed
+
+    def make_room(self, key: str, extension: str) -> Iterator[tuple[str, Members]]:
+        """Open the sample of a member; gives the samples to which nothing can come any more."""
+        if extension in self.open.get(key, {}) or not any(_root(key) == _root(other) for other in self.open):
+            yield from self.close()
+        if key not in self.open:
+            for other in list(self.open):
+                if _is_whole(self.open[other]) and not key.startswith(f"{other}."):
+                    yield from self._take(other)
+            while len(self.open) > MAX_UNDECIDED:
+                # Not the first, which may be the sample that all others belong to.
+                yield from self._take(list(self.open)[1])
+            self.open[key] = {}
+
+    def close(self) -> Iterator[tuple[str, Members]]:
+        """Give all samples."""
+        found = [sample for key in list(self.open) for sample in self._take(key, keep=True)]
+        self.open.clear()
+        yield from found
+
+    def _take(self, key: str, keep: bool = False) -> Iterator[tuple[str, Members]]:
+        members = self.open[key] if keep else self.open.pop(key)
+        if not _is_whole(members) and any(key.startswith(f"{other}.") for other in self.open):
+            self._passed["further files of a sample"] += len(members)
+        else:
+            yield key, members
+
+
+def _is_whole(members: Members) -> bool:
+    """Whether a sample has a picture and something about it; one with a damaged file is told of as it is."""
+    if any(isinstance(content, RowFaultError) for content in members.values()):
+        return True
+    return not members.keys().isdisjoint(IMAGES) and not members.keys().isdisjoint(("txt", "json"))
+
+
+def _unusable(member: tarfile.TarInfo) -> str | None:
+    """By what rule a member is passed over; None if it belongs to a sample."""
+    if not member.isreg():
+        return "links" if member.issym() or member.islnk() else "devices and the like"
+    file = member.name.rpartition("/")[2]
+    if file.startswith("."):
+        return "hidden files"
+    extension = _split_name(file)[1]
+    if extension in KNOWN and "." in file:
+        return None
+    # Names are hostile until shown otherwise, and this one goes to a terminal.
+    return f".{extension}" if extension.isalnum() and len(extension) <= 16 and "." in file else "other names"
 
 
 def _split_name(name: str) -> tuple[str, str]:
     folder, _, file = name.rpartition("/")
-    stem, _, extension = file.partition(".")
+    stem, _, extension = file.rpartition(".")
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
+
+
+def _root(key: str) -> str:
+    """What names that may belong together have in common: all up to the first dot."""
+    folder, slash, file = key.rpartition("/")
+    return f"{folder}{slash}{file.partition('.')[0]}"
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, max_bytes: int) -> bytes | RowFaultError:
@@ -133,7 +220,7 @@ def _record(source_key: str, members: Members, config: IngestConfig) -> Record:
     if not isinstance(image, bytes):
         raise RowFaultError("no image", f"the sample has only {', '.join(sorted(members))}")
     text = members.get("txt")
-    caption = text.decode("utf-8", "replace") if isinstance(text, bytes) else _lookup(metadata, "caption", config)
+    caption = decode_text(text) if isinstance(text, bytes) else _lookup(metadata, "caption", config)
     return Record(
         source_key,
         image,
@@ -149,7 +236,7 @@ def _metadata(content: bytes | RowFaultError | None) -> dict[str, Any]:
     if not isinstance(content, bytes):
         return {}
     try:
-        found = json.loads(content.decode("utf-8-sig"))
+        found = json.loads(decode_text(content))
     except (ValueError, RecursionError) as error:
         raise RowFaultError("malformed metadata", f"the .json is not JSON ({error})") from error
     if not isinstance(found, dict):

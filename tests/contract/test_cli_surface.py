@@ -9,13 +9,14 @@ from pathlib import Path
 import click
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from cluster.cli import app
 
 COMMON = {"--config", "--set", "--print-config"}
 SURFACE = {
     "demo": {"--lake", "--pairs", "--teachers", "--catalog", "--seed"} | COMMON,
-    "ingest": {"--format", "--image-column", "--caption-column", "--max-side"} | COMMON,
+    "ingest": {"--format", "--image-column", "--caption-column", "--no-quotes", "--max-side"} | COMMON,
     "import mmkd-features": {"--accept-terms", "--projected", "--stored-precision"} | COMMON,
     "plan": {
         "--teachers",
@@ -77,10 +78,19 @@ def test_every_command_and_option_explains_itself(path):
         assert re.search(r"Example: mmkd " + path, command.help), f"{path} shows no example"
 
 
+@pytest.mark.parametrize(
+    ("flags", "quotes"), [([], "null"), (["--no-quotes"], "false"), (["--set", "quotes=true"], "true")]
+)
+def test_quotes_are_as_the_user_says(flags, quotes):
+    shown = CliRunner().invoke(app, ["ingest", "pairs.csv", "lake", *flags, "--print-config"])
+    assert f"quotes: {quotes}\n" in shown.output
+
+
 @pytest.fixture
 def mistakes(tmp_path) -> Path:
     """A folder with what the mistakes below need."""
     (tmp_path / "captions.csv").write_text("image,words\na.png,hello\n")
+    (tmp_path / "open.csv").write_text('image,"caption\na.png,hello\n')
     (tmp_path / "bad.yaml").write_text("mine: {path: x, famly: hf_clip}\n")
     old = tmp_path / "old-lake"
     old.mkdir()
@@ -96,6 +106,7 @@ MISTAKES = [
     (["ingest", "{tmp}/none.jsonl", "{tmp}/lake"], "none.jsonl"),
     (["ingest", "{tmp}/captions.csv", "{tmp}/lake"], "no caption column .* Its columns are: image, words"),
     (["ingest", "{tmp}/captions.csv", "{tmp}/lake", "--caption-column", "text"], "no column 'text'"),
+    (["ingest", "{tmp}/open.csv", "{tmp}/lake"], "its quotes do not match .* say --no-quotes"),
     (["select", "{tmp}/none"], "There is no lake at"),
     (["train", "stage1", "{tmp}/none"], "There is no lake at"),
     (["train", "stage2", "{tmp}/none"], "There is no lake at"),

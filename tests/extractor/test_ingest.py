@@ -232,3 +232,18 @@ def test_a_source_without_one_usable_pair_is_an_error_and_can_be_mended(source, 
     assert ingest(str(listing), lake, IngestConfig()).pairs == 1
     with pytest.raises(SourceError, match="7 filtered out"):
         ingest(str(source), lake, IngestConfig(keep_labels=("nothing",)))
+
+
+@pytest.mark.parametrize(
+    ("case", "counts", "reasons"),
+    [
+        ("case-01/pairs.tsv", (4, 4, 0), {}),
+        ("case-03/dots.tar", (3, 3, 0), {}),
+        ("case-03/dots_only.tar", (2, 2, 0), {}),
+        ("case-04/enc.tar", (7, 5, 2), {"malformed row": 2}),
+    ],
+)
+def test_every_row_of_reported_sources_is_accounted_for(shared_data, tmp_path, case, counts, reasons):
+    report = ingest(str(shared_data / "reports" / case), str(tmp_path / "lake"), IngestConfig())
+    assert (report.input, report.pairs, report.rejects) == counts
+    assert report.reasons == reasons

@@ -152,3 +152,123 @@ def test_samples_lacking_something_have_reasons(tmp_path):
     g = records[6]
     assert (g.captions, g.modality, g.split, g.license) == (("t",), "MRI", "test", "CC0")
     assert records[7].captions == ("its caption",)
+
+
+def test_reported_names_with_dots_are_samples(shared_data):
+    folder = shared_data / "reports" / "case-03"
+    assert [(r.source_key, r.reason) for r in read(folder / "dots.tar")] == [
+        ("dots.tar/1.2.840.113619.2.55", None),
+        ("dots.tar/PMC123_fig1.2", None),
+        ("dots.tar/plain", None),
+    ]
+    records = read(folder / "dots_only.tar")
+    assert [record.source_key.rpartition(".")[2] for record in records] == ["55", "56"]
+    assert all(record.captions for record in records)
+
+
+def test_dotted_names_and_further_files_of_a_sample_are_told_apart(tmp_path, caplog):
+    tar = write_tar(
+        tmp_path / "a.tar",
+        [
+            # By name, as tar is usually given them: further files come before, between and behind a sample's own.
+            ("case.1/g.cls.txt", b"7"),
+            ("case.1/g.depth.png", b"a depth map"),
+            ("case.1/g.jpg", b"g"),
+            ("case.1/g.json", b"{}"),
+            ("case.1/g.seg.png", b"a mask"),
+            ("case.1/g.txt", b"caption of g"),
+            # A figure and its panels, each a sample.
+            ("fig1.jpg", b"fig1"),
+            ("fig1.txt", b"whole"),
+            ("fig1.1.jpg", b"fig1.1"),
+            ("fig1.1.txt", b"left"),
+            ("fig1.2.jpg", b"fig1.2"),
+            ("fig1.2.txt", b"right"),
+            ("fig1.2.pickle", BOMB),
+            # Slices of which one has no caption and one no picture: nothing else they could belong to.
+            ("1.2.840.1.jpg", b"1"),
+            ("1.2.840.2.jpg", b"2"),
+            ("1.2.840.2.txt", b"two"),
+            ("1.2.840.3.txt", b"three"),
+            ("1.2.840.30.JPG", b"30"),
+            ("1.2.840.30.txt", b"thirty"),
+        ],
+    )
+    with caplog.at_level("WARNING", "mmkd"):
+        records = {record.source_key.partition("/")[2]: record for record in read(tar)}
+    assert {key: record.reason or record.captions[0] for key, record in records.items()} == {
+        "case.1/g": "caption of g",
+        "fig1": "whole",
+        "fig1.1": "left",
+        "fig1.2": "right",
+        "1.2.840.1": "no caption",
+        "1.2.840.2": "two",
+        "1.2.840.3": "no image",
+        "1.2.840.30": "thirty",
+    }
+    assert records["case.1/g"].image == b"g"
+    assert "passed over 4 members" in caplog.text
+    assert "further files of a sample 3, .pickle 1" in caplog.text
+
+
+def test_members_that_are_passed_over_are_counted_by_rule_in_one_line(tmp_path, caplog):
+    members = [(f"{i}.dcm", b"x") for i in range(3)]
+    members += [("a.jpg", b"a"), ("a.txt", b"caption"), ("._a.jpg", b"a fork"), ("README", b"x")]
+    members += [("l.jpg", (tarfile.SYMTYPE, "a.jpg")), ("h.jpg", (tarfile.LNKTYPE, "a.jpg"))]
+    members += [("fifo.jpg", (tarfile.FIFOTYPE, "")), ("folder.jpg", (tarfile.DIRTYPE, "")), ("b.\x1b[31m", b"x")]
+    with caplog.at_level("WARNING", "mmkd"):
+        records = read(write_tar(tmp_path / "a.tar", members))
+    assert [record.captions for record in records] == [("caption",)]
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(
+        "ingest: a.tar: passed over 9 members that are no part of a sample: "
+        ".dcm 3, other names 2, links 2, hidden files 1, devices and the like 1."
+    )
+    assert "last dot" in line
+    assert "tiff" in line
+
+
+def test_a_tar_of_dotted_names_that_lack_captions_is_read_in_bounded_memory(tmp_path):
+    import tracemalloc
+
+    tar = write_tar(tmp_path / "a.tar", [(f"1.2.{i}.jpg", bytes(200_000)) for i in range(100)])
+    config = IngestConfig()
+    (part,) = plan_sources([str(tar)], config)
+    tracemalloc.start()
+    try:
+        reasons = [record.reason for record in read_part(part, config)]
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert reasons == ["no caption"] * 100
+    assert most < 4_000_000, "of 20 MB"
+
+
+def test_a_dotted_name_that_breaks_off_is_said_once(tmp_path):
+    members = [("1.2.jpg", b"a" * 600), ("1.2.txt", b"caption"), ("1.2.seg.jpg", b"b" * 600), ("1.2.json", b"{}")]
+    tar = write_tar(tmp_path / "a.tar", members)
+    tar.write_bytes(tar.read_bytes()[: 512 * 6 + 100])
+    assert [(r.source_key, r.reason) for r in read(tar)] == [("a.tar/1.2", None), ("a.tar/1.2.seg", "truncated tar")]
+
+
+def test_reported_texts_in_other_encodings(shared_data):
+    records = {r.source_key.partition("/")[2]: r for r in read(shared_data / "reports" / "case-04" / "enc.tar")}
+    assert {key: record.reason for key, record in records.items() if record.reason} == {
+        "latin1": "malformed row",
+        "cp1252": "malformed row",
+    }
+    assert "not UTF-8 text" in records["latin1"].detail
+    assert not records["bom"].captions[0].startswith("\ufeff")
+    assert records["utf16"].captions[0].startswith("Chest")
+    assert not any("\ufffd" in caption for record in records.values() for caption in record.captions)
+
+
+def test_texts_and_metadata_are_decoded_alike(tmp_path):
+    words = {"utf16": "\u00b5m".encode("utf-16"), "bare": "um".encode("utf-16-le"), "odd": b"\xff\xfea"}
+    members = [m for name, text in words.items() for m in ((f"{name}.jpg", b"i"), (f"{name}.txt", text))]
+    words = {"j16": json.dumps({"text": "t"}).encode("utf-16"), "latin": b'{"text": "\xf6"}'}
+    members += [m for name, text in words.items() for m in ((f"{name}.jpg", b"i"), (f"{name}.json", text))]
+    records = read(write_tar(tmp_path / "a.tar", members))
+    assert [record.reason or record.captions[0] for record in records] == [
+        *("\u00b5m", "malformed row", "malformed row", "t", "malformed row"),
+    ]
