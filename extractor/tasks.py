@@ -105,7 +105,8 @@ class Workers:
 def _has_cluster() -> bool:
     """Whether Ray is there already, or an address says where."""
     ray = sys.modules.get("ray")
-    return bool(os.environ.get("RAY_ADDRESS")) or (ray is not None and ray.is_initialized())
+    named = os.environ.get("RAY_ADDRESS", "local") or "local"
+    return named != "local" or (ray is not None and ray.is_initialized())
 
 
 def _through_threads(
