@@ -28,6 +28,8 @@ from common.images import MAX_PIXELS, UndecodableImageError, decode_rgb
 REQUEST = struct.Struct("<Q")  # length of the image that follows
 REPLY = struct.Struct("<BHIIQ")  # kind, contrast, width, height, length of what follows
 READY, DONE, REJECTED, NO_MEMORY = range(4)
+MAX_STARTS = 3
+"""So many children may end before they are ready; more is not chance."""
 START_SECONDS = 120.0  # a loaded machine imports slowly; this is not the picture's fault
 ALARM_GRACE_SECONDS = 5.0
 JPEG_QUALITY = 95
@@ -158,6 +160,19 @@ class SandboxedDecoder:
         return Verdict(reason=reason, detail=detail)
 
     def _start(self) -> None:
+        for _ in range(MAX_STARTS):
+            try:
+                self._start_once()
+            except _LostChildError as error:  # such as one that the kernel ended when memory was short
+                self.close()
+                lost = error
+            else:
+                return
+        raise OSError(
+            f"The decoding process did not start, {MAX_STARTS} times in a row ({lost.args[1]}); its output is above."
+        ) from lost
+
+    def _start_once(self) -> None:
         root = str(Path(__file__).resolve().parent.parent)
         settings = (self.max_pixels, self.max_seconds, self.max_memory_mib, self.max_side or 0, self.enough_contrast)
         self._child = subprocess.Popen(
@@ -171,11 +186,7 @@ class SandboxedDecoder:
         self._checked = 0
         for pipe in (self._child.stdin, self._child.stdout):
             os.set_blocking(pipe.fileno(), False)  # type: ignore[union-attr]  # both are pipes
-        try:
-            self._receive(time.monotonic() + START_SECONDS)
-        except _LostChildError as lost:
-            self.close()
-            raise OSError(f"The decoding process did not start ({lost.args[1]}); its output is above.") from lost
+        self._receive(time.monotonic() + START_SECONDS)
 
     def _send(self, request: bytes, deadline: float) -> None:
         fd = self._child.stdin.fileno()  # type: ignore[union-attr]  # started by the caller

@@ -105,6 +105,7 @@ class PictureDecoder:
         target = mmap.mmap(target_file.fileno(), size)
         done = DecodedPictures(*_arrays(target, request, geometries))
         source_file = _shared_source(encoded, boxes)
+        kills = self.kills
         with target_file, source_file:
             try:
                 self._decode_from_each_start(request, source_file, target_file, target, done)
@@ -112,6 +113,7 @@ class PictureDecoder:
                 # Also when a task is cancelled: the child would go on, and its answers be taken for the next request's.
                 self.close()
                 raise
+        done.kills = self.kills - kills
         for row in done.errors:  # a row that died half-way has pixels in some geometries
             for arrays in (done.pixels, done.view_pixels):
                 for array in arrays.values():
@@ -130,7 +132,6 @@ class PictureDecoder:
                     done.errors[message["row"]] = (message["reason"], message["detail"])
             except _LostChildError as lost:
                 died_at = int(np.frombuffer(target_map, np.int64, 1)[0])
-                done.kills += 1
                 self.kills += 1
                 self.close()
                 if died_at == NOT_BEGUN:
@@ -159,9 +160,27 @@ class PictureDecoder:
         self.close()
 
     def _start_if_needed(self) -> bool:
-        """Whether a new child was started."""
+        """Whether a new child was started.
+
+        Raises:
+            OSError: Several ended before they were ready: something keeps any from starting.
+        """
         if self._child is not None:
             return False
+        for _ in range(MAX_FRUITLESS):
+            try:
+                self._start()
+            except _LostChildError as error:  # such as one that the kernel ended when memory was short
+                self.close()
+                self.kills += 1
+                lost = error
+            else:
+                return True
+        raise OSError(
+            f"The decoding process did not start, {MAX_FRUITLESS} times in a row ({lost.args[1]}); its output is above."
+        ) from lost
+
+    def _start(self) -> None:
         ours, theirs = socket.socketpair()
         root = str(Path(__file__).resolve().parent.parent)
         limits = (self.limits.max_pixels, self.limits.max_seconds, self.limits.max_memory_mib)
@@ -175,12 +194,7 @@ class PictureDecoder:
                 env={"PYTHONPATH": root, **BARE_ENVIRONMENT},
             )
         self._connection = ours
-        try:
-            next(self._messages(time.monotonic() + START_SECONDS, None))
-        except _LostChildError as lost:
-            self.close()
-            raise OSError(f"The decoding process did not start ({lost.args[1]}); its output is above.") from lost
-        return True
+        next(self._messages(time.monotonic() + START_SECONDS, None))
 
     def _ask(
         self, request: dict[str, Any], source: Any, target: Any, target_map: mmap.mmap

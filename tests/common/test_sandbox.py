@@ -6,6 +6,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 
@@ -55,6 +56,19 @@ def test_a_good_picture_is_measured_and_a_bad_one_has_a_reason(decoder):
     assert (bad.ok, bad.width) == (False, 0)
     assert bad.reason in ("truncated", "damaged")
     assert decoder.check(b"").reason == "empty file"
+
+
+def test_a_child_that_is_killed_before_it_is_ready_is_replaced(decoder):
+    def kill_the_first():
+        while (pid := decoder.pid) is None:
+            time.sleep(0.001)
+        os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_the_first, daemon=True)
+    killer.start()
+    assert decoder.check(png(30, 20)).ok
+    killer.join(20)
+    assert not killer.is_alive()
 
 
 def test_no_more_of_the_contrast_is_measured_than_is_enough():

@@ -1,9 +1,12 @@
 """What a decoding process must survive without blaming a picture, or mixing two requests up."""
 
 import io
+import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +56,38 @@ def test_answers_to_an_interrupted_request_are_not_taken_for_the_next_one(decode
     assert not decoded.errors
     for row, data in enumerate(files):
         assert (decoded.pixels[SMALL.key][row] == fit(decode_rgb(data), SMALL)).all()
+
+
+def kill_at_start(decoder, times: int) -> threading.Thread:
+    """Kill so many children of a decoder as soon as they are there, long before they are ready."""
+
+    def watch():
+        killed: set[int] = set()
+        while len(killed) < times:
+            pid = decoder.pid
+            if pid is not None and pid not in killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_child_that_is_killed_before_it_is_ready_is_replaced(decoder):
+    killer = kill_at_start(decoder, 2)
+    decoded = decoder.decode(pa.array([picture(1)]), [SMALL])
+    killer.join(20)
+    assert not decoded.errors
+    assert decoded.kills == decoder.kills == 2
+    assert (decoded.pixels[SMALL.key][0] == fit(decode_rgb(picture(1)), SMALL)).all()
+
+
+def test_when_no_child_gets_ready_that_is_said(decoder):
+    kill_at_start(decoder, 3)
+    with pytest.raises(OSError, match=r"did not start, 3 times in a row \(the process ended with signal 9\)"):
+        decoder.decode(pa.array([picture(1)]), [SMALL])
 
 
 def test_a_request_of_any_length_arrives_whole(decoder):
