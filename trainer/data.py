@@ -12,6 +12,7 @@ import hashlib
 import math
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -135,26 +136,46 @@ def validation_batches(data: TrainData, places: np.ndarray) -> Iterator[Batch]:
 
 
 def read_shard(data: TrainData, lake: Lake, shard: int) -> pa.Table:
-    """A pairs shard with every teacher's columns beside it, named ``<teacher>/<column>``."""
-    pairs = lake.read_pairs(shard, PAIR_COLUMNS).combine_chunks()
-    joined = pairs
-    for teacher in data.teachers:
-        columns = [*FEATURE_COLUMNS, *(LENGTH_COLUMNS if data.stored_lengths else ())]
-        if data.views and lake.read_teacher(teacher)["fingerprint"].get("views"):
-            columns += VIEW_COLUMNS
-        try:
-            features = lake.read_features(teacher, shard, columns)
-        except FileNotFoundError as error:
-            raise LakeError(
-                f"{data.lake_uri} has no embeddings of teacher {teacher!r} for shard {shard}. Run `mmkd extract` "
-                "again: it computes only what is missing."
-            ) from error
-        check_same_samples(features, pairs, f"{data.lake_uri}/{lake.features_folder(teacher)}/{shard_name(shard)}")
-        for column in columns[1:]:
-            joined = joined.append_column(f"{teacher}/{column}", single_chunk(features[column]))
-        selection = read_selection(lake, str(data.selection), teacher, shard, pairs)
-        joined = joined.append_column(f"{teacher}/admitted", single_chunk(selection["admitted"]))
-    return joined
+    """A pairs shard with every teacher's columns beside it, named ``<teacher>/<column>``.
+
+    From an object store all files are read side by side: in turn, those of nine teachers are 57 round trips.
+
+    Raises:
+        LakeError: A teacher has no embeddings or no selection of the shard, or they are of other samples.
+    """
+    with ThreadPoolExecutor(1 if lake.storage.is_local else 1 + 2 * len(data.teachers)) as pool:
+        pairs = pool.submit(lake.read_pairs, shard, PAIR_COLUMNS)
+        beside = [
+            (
+                teacher,
+                pool.submit(_read_features, data, lake, teacher, shard),
+                pool.submit(_read_selection, lake, str(data.selection), teacher, shard),
+            )
+            for teacher in data.teachers
+        ]
+        joined = known = pairs.result().combine_chunks()
+        for teacher, found, selected in beside:
+            features = found.result()
+            check_same_samples(features, known, f"{data.lake_uri}/{lake.features_folder(teacher)}/{shard_name(shard)}")
+            for column in features.column_names[1:]:
+                joined = joined.append_column(f"{teacher}/{column}", single_chunk(features[column]))
+            name, selection = selected.result()
+            check_same_samples(selection, known, f"{lake.uri}/{name}")
+            joined = joined.append_column(f"{teacher}/admitted", single_chunk(selection["admitted"]))
+        return joined
+
+
+def _read_features(data: TrainData, lake: Lake, teacher: str, shard: int) -> pa.Table:
+    columns = [*FEATURE_COLUMNS, *(LENGTH_COLUMNS if data.stored_lengths else ())]
+    if data.views and lake.read_teacher(teacher)["fingerprint"].get("views"):
+        columns += VIEW_COLUMNS
+    try:
+        return lake.read_features(teacher, shard, columns).select(columns)
+    except FileNotFoundError as error:
+        raise LakeError(
+            f"{data.lake_uri} has no embeddings of teacher {teacher!r} for shard {shard}. Run `mmkd extract` "
+            "again: it computes only what is missing."
+        ) from error
 
 
 def read_selection(lake: Lake, fingerprint: str, teacher: str, shard: int, pairs: pa.Table) -> pa.Table:
@@ -163,15 +184,19 @@ def read_selection(lake: Lake, fingerprint: str, teacher: str, shard: int, pairs
     Raises:
         LakeError: The selection does not cover this shard, or was made for other samples.
     """
+    name, table = _read_selection(lake, fingerprint, teacher, shard)
+    check_same_samples(table, pairs, f"{lake.uri}/{name}")
+    return table
+
+
+def _read_selection(lake: Lake, fingerprint: str, teacher: str, shard: int) -> tuple[str, pa.Table]:
     name = f"selection/{fingerprint}/teacher={teacher}/{shard_name(shard)}"
     try:
-        table = lake.storage.read_table(name, ["sample_id", "admitted"])
+        return name, lake.storage.read_table(name, ["sample_id", "admitted"])
     except FileNotFoundError as error:
         raise LakeError(
             f"{lake.uri}/{name} is missing: pairs were added after the selection was made. Run `mmkd select` again."
         ) from error
-    check_same_samples(table, pairs, f"{lake.uri}/{name}")
-    return table
 
 
 class _ShardRows(NamedTuple):

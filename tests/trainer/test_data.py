@@ -1,6 +1,7 @@
 """Batches from a lake: in order, with the teachers' vectors of the drawn caption, the same on any number of workers."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,7 @@ from trainer.data import (
     draw_caption,
     draw_view,
     read_blocks,
+    read_shard,
     rows_per_block,
     validation_batches,
 )
@@ -111,6 +113,19 @@ def test_resuming_repeats_the_same_crops_and_draws(data):
         assert np.array_equal(one.tokens_BL, other.tokens_BL)
         assert np.array_equal(one.draws_BK, other.draws_BK)
         assert np.array_equal(digest_rows(one), digest_rows(other))
+
+
+def test_a_shard_is_the_same_from_an_object_store(data, tiny_lake, s3):
+    remote = Lake(f"{s3}/lake")
+    for path in Path(tiny_lake).rglob("*"):
+        if path.is_file():
+            remote.storage.write_bytes(str(path.relative_to(tiny_lake)), path.read_bytes())
+    away = dataclasses.replace(data, lake_uri=remote.uri)
+    for shard in Lake(tiny_lake).shards():
+        assert read_shard(away, remote, shard).equals(read_shard(data, Lake(tiny_lake), shard))
+    remote.storage.remove("features/teacher=beta/shard-000001.parquet")
+    with pytest.raises(LakeError, match="no embeddings of teacher 'beta' for shard 1"):
+        read_shard(away, remote, 1)
 
 
 @pytest.mark.parametrize("rows", [4, 16, 300])
