@@ -21,6 +21,8 @@ STALL_SECONDS = 1800.0
 NO_SHARD = -1
 _ADVICE = "\nFailed to apply UDF"
 """So begins what Ray Data puts behind an error's own words."""
+LAST_PULL_SECONDS = 10.0
+"""So long may a stream take to end. It is a second on a busy machine."""
 _LOOK_SECONDS = 0.2
 _PAUSE_SECONDS = 10.0
 """Who has not asked for so long had no need; the wait begins anew."""
@@ -168,10 +170,11 @@ class Feeder:
         return not self._thread.is_alive() and self._items.empty() and self._error is None
 
     def stop(self) -> None:
-        """Pull nothing more."""
+        """Pull nothing more; the stream has ended when this returns."""
         self._stopped.set()
         self._on_stop()
-        self._thread.join(timeout=_LOOK_SECONDS * 2)
+        # A thread that still asks Ray for something while Ray shuts down would end this process.
+        self._thread.join(timeout=LAST_PULL_SECONDS)
 
     def _pull(self) -> None:
         try:
