@@ -25,16 +25,7 @@ def report(lake) -> RunReport:
     """A run that began a hundred seconds ago; teacher a finished a file of 10 rows every two seconds, b a quarter."""
     begin = time.time() - 100
     moment = [begin]
-    report = RunReport(
-        lake,
-        "run-1",
-        {"a": 60, "b": 60},
-        {"a": 600, "b": 600},
-        0,
-        {},
-        workers={"prepare": 2},
-        clock=lambda: moment[0],
-    )
+    report = begun(lake, {"a": 60, "b": 60}, 2, moment)
     for file in range(40):
         moment[0] = begin + 2 * (file + 1)
         report.add(event("a", file, moment[0], model_seconds=0.5))
@@ -42,6 +33,12 @@ def report(lake) -> RunReport:
             report.add(event("b", file, moment[0], model_seconds=7.5, rejects={"image not decodable": 1}))
     moment[0] = begin + 80
     return report
+
+
+def begun(lake, files: dict[str, int], prepare: int, moment: list[float]) -> RunReport:
+    """A run of so many files of ten rows; ``moment`` is its clock."""
+    rows = {name: 10 * count for name, count in files.items()}
+    return RunReport(lake, "run-1", files, rows, 0, {}, workers={"prepare": prepare}, clock=lambda: moment[0])
 
 
 def event(teacher: str, shard: int, finished: float, **more) -> FileDone:
@@ -78,16 +75,7 @@ def test_nothing_is_promised_before_every_teacher_has_finished_something(lake):
 
 def test_a_teacher_at_its_first_shard_is_not_idle(lake):
     moment = [0.0]
-    report = RunReport(
-        lake,
-        "run-1",
-        {"a": 4, "b": 2},
-        {"a": 40, "b": 20},
-        0,
-        {},
-        workers={"prepare": 1},
-        clock=lambda: moment[0],
-    )
+    report = begun(lake, {"a": 4, "b": 2}, 1, moment)
     moment[0] = 100.0
     report.add(event("a", 0, 100.0, model_seconds=5.0))
     assert "bottleneck teacher=a (5 % busy)" in Display(report, console=not_a_terminal()).line()
