@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,9 @@ from common.logs import logger
 # Decode tasks and training workers are counted in whole CPUs; a small machine still needs room for both kinds.
 MIN_LOGICAL_CPUS = 4
 IDLE_WORKER_LIFE_MS = "600000"
+STREAM_THREADS = ("StreamingExecutor", "iter_threaded")
+"""So Ray Data (2.60) names the threads of a stream that ask Ray for something, in the process that reads it."""
+STREAMS_END_SECONDS = 10.0
 
 
 @contextmanager
@@ -69,7 +74,16 @@ def ray_session(num_gpus: int | None = None) -> Iterator[None]:
     try:
         yield
     finally:
+        _let_streams_end()
         ray.shutdown()
+
+
+def _let_streams_end() -> None:
+    """Wait for what a stream that was closed early still asks of Ray: without Ray, the answer is the process's end."""
+    deadline = time.monotonic() + STREAMS_END_SECONDS
+    for thread in threading.enumerate():
+        if thread.name.startswith(STREAM_THREADS):
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _need_no_home() -> None:

@@ -173,7 +173,10 @@ def _log_above(console: Console) -> Iterator[None]:
     """Print the project's log above the live table instead of through it."""
     from rich.file_proxy import FileProxy
 
-    handlers = [handler for handler in logger.handlers if type(handler) is logging.StreamHandler]
+    # A stream that somebody closed shows nothing, and refuses to be replaced.
+    handlers = [
+        h for h in logger.handlers if type(h) is logging.StreamHandler and not getattr(h.stream, "closed", False)
+    ]
     streams = [handler.setStream(FileProxy(console, handler.stream)) for handler in handlers]
     try:
         yield

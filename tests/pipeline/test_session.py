@@ -53,3 +53,32 @@ def test_a_home_that_cannot_be_written_is_not_needed():
         timeout=120,
     )
     assert done.stdout.split() == ["True"], done.stderr
+
+
+STREAM = """
+import threading, time
+from cluster.session import STREAM_THREADS, ray_session
+
+def streaming():
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(STREAM_THREADS)]
+
+with ray_session():
+    import ray
+
+    def slow(row):
+        time.sleep(0.2)
+        return row
+
+    batches = iter(ray.data.range(100, override_num_blocks=100).map(slow).iter_batches(batch_size=None))
+    next(batches)
+    print(sorted({name.split("-")[0] for name in streaming()}))
+    batches.close()
+print(streaming())
+"""
+
+
+def test_a_stream_that_was_closed_early_has_ended_before_ray_has():
+    """A thread of it that asks Ray for something later ends the process with status 1. The names are Ray Data's own."""
+    done = subprocess.run([sys.executable, "-c", STREAM], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["['StreamingExecutor', 'iter_threaded']", "[]"], done.stderr

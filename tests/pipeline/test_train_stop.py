@@ -15,8 +15,7 @@ from processes import wait_for
 from common.storage import Storage
 from trainer.checkpoint import newest_checkpoint
 
-# slow: on one worker the end sometimes races with a thread of Ray Data (status 1 instead of 143); not mended yet.
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).resolve().parents[2]
 HELPERS = ROOT / "tests" / "trainer" / "conftest.py"
