@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from common.errors import SchemaError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 PAIRS = pa.schema(
     [
@@ -17,9 +17,12 @@ PAIRS = pa.schema(
         pa.field("image", pa.binary(), nullable=False),
         pa.field("captions", pa.list_(pa.string()), nullable=False),
         pa.field("modality", pa.string()),
-        pa.field("label", pa.string()),
+        pa.field("labels", pa.list_(pa.string()), nullable=False),
+        pa.field("dataset", pa.string()),
+        pa.field("group_id", pa.string()),
         pa.field("source", pa.string(), nullable=False),
         pa.field("source_key", pa.string(), nullable=False),
+        pa.field("source_id", pa.string()),
         pa.field("license", pa.string()),
         pa.field("width", pa.int32(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
@@ -27,15 +30,20 @@ PAIRS = pa.schema(
         pa.field("split", pa.string(), nullable=False),
     ]
 )
-"""One row per image-caption pair. ``captions`` is never empty; its first entry is the main caption.
+"""One row per picture. The first of ``captions`` is the main one; a picture that serves evaluation alone has none.
+``labels`` are its classes, in the order of the source, often one or none. ``dataset`` names the set it belongs to,
+``group_id`` what must not straddle splits (a patient, a slide), ``source_id`` is the user's own name for the row.
 ``image`` holds an encoded file (JPEG, PNG, ...), ``sha256`` is of the bytes the source gave, ``split`` is one of
-train, val, test; ``width`` and ``height`` are of the upright picture, in pixels."""
+train, val, test; ``width`` and ``height`` are of the upright picture, in pixels. Behind these come the columns that an
+ingest was asked to keep; they are the same in all shards of a lake, and ``lake.json`` lists them."""
 
 REJECTS = pa.schema(
     [
         pa.field("sample_id", pa.string()),
         pa.field("source", pa.string(), nullable=False),
         pa.field("source_key", pa.string(), nullable=False),
+        pa.field("source_id", pa.string()),
+        pa.field("row", pa.int64()),
         pa.field("stage", pa.string(), nullable=False),
         pa.field("reason", pa.string(), nullable=False),
         pa.field("detail", pa.string()),
@@ -43,7 +51,8 @@ REJECTS = pa.schema(
     ]
 )
 """One row per input that did not become a pair (stage ``ingest``) or failed later (``extract:<teacher>``).
-``reason`` is a short category that can be counted; ``detail`` is what happened to this one row."""
+``reason`` is a short category that can be counted; ``detail`` is what happened to this one row, ``row`` its place in
+the source file, from 1."""
 
 SELECTION = pa.schema(
     [

@@ -183,7 +183,7 @@ def make_lake():
                     "image": image,
                     "captions": texts,
                     "modality": ["ct", "mri"][row % 2],
-                    "label": f"finding {row % 3}",
+                    "labels": [f"finding {row % 3}"],
                     "source": "test",
                     "source_key": str(row),
                     "license": "CC0-1.0",
