@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,8 +109,10 @@ class Lake:
         """
         name = f"pairs/{shard_name(index)}"
         table = self.storage.read_table(name, columns)
-        expected = PAIRS if columns is None else pa.schema([PAIRS.field(column) for column in columns])
-        check_table(table, expected, f"{self.uri}/{name}")
+        # Columns that an ingest kept are the user's: they come last, and only this lake knows them.
+        wanted = [column for column in (columns or PAIRS.names) if column in PAIRS.names]
+        known = table.select([column for column in table.column_names if column in PAIRS.names])
+        check_table(known, pa.schema([PAIRS.field(column) for column in wanted]), f"{self.uri}/{name}")
         return table
 
     def features_folder(self, teacher: str) -> str:
@@ -201,11 +203,16 @@ def _lake_address(uri: str) -> str:
     return full
 
 
-def create_lake(uri: str, shard_rows: int) -> Lake:
+def create_lake(uri: str, shard_rows: int, kept_columns: Mapping[str, str] | None = None) -> Lake:
     """Open the lake at an address, creating ``lake.json`` when there is none.
 
+    Args:
+        uri: The address.
+        shard_rows: Rows per shard.
+        kept_columns: Name -> type of the columns that its pairs have beside those of every lake.
+
     Raises:
-        LakeError: A lake with another shard size or schema version is there already.
+        LakeError: A lake with another shard size, other columns or another schema version is there already.
     """
     lake = Lake(_lake_address(uri))
     try:
@@ -219,6 +226,7 @@ def create_lake(uri: str, shard_rows: int) -> Lake:
                 "schema_version": SCHEMA_VERSION,
                 "shard_rows": shard_rows,
                 "id_rule": ID_RULE,
+                "kept_columns": dict(kept_columns or {}),
                 "created_by": f"mmkd {VERSION}",
                 "created_at": now(),
             },
@@ -229,6 +237,15 @@ def create_lake(uri: str, shard_rows: int) -> Lake:
         raise LakeError(
             f"The lake at {uri} has shards of {info.get('shard_rows')} rows and this run asks for {shard_rows}. "
             f"Use --set shard_rows={info.get('shard_rows')}, or ingest into a new lake."
+        )
+    recorded = info.get("kept_columns", {})
+    if recorded != dict(kept_columns or {}):
+        # All shards have the same columns: otherwise no reader could open the folder.
+        listing = " ".join(f"--keep-columns {name}:{kind}" for name, kind in recorded.items())
+        raise LakeError(
+            f"The lake at {uri} keeps the columns {recorded or 'of every lake only'}, and this ingest "
+            f"{dict(kept_columns or {}) or 'no further ones'}. All ingests into a lake keep the same: "
+            f"{f'say {listing}' if listing else 'leave --keep-columns out'}, or ingest into a new lake."
         )
     return lake
 

@@ -1,24 +1,42 @@
-"""The second half of ingest: staged rows without their exact duplicates become shards of pairs."""
+"""The second half of ingest: staged rows become shards of pairs, once each."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from common.errors import LeaseError
+from common.errors import LeaseError, SourceError
+from common.kept_columns import kept_schema
 from common.lake import OWNER, READ_THREADS, Lake, shard_name
 from common.lease import Lease
 from common.logs import Progress, logger
-from common.schemas import PAIRS, REJECTS
-from extractor.staging import DIGEST_BYTES, StagedPart, rejects_name, staged_name
+from common.schemas import REJECTS
+from extractor.config import IngestConfig
+from extractor.duplicates import (
+    COMPARED,
+    SPLITS,
+    Conflict,
+    Index,
+    Verdicts,
+    count_of,
+    judge_rows,
+    reason_of,
+    settle_splits,
+    twin_ids,
+)
+from extractor.staging import INDEX, ROW, StagedPart, reject_row, rejects_name, sample_id, staged_name
 from extractor.tasks import Workers
 
+DESCRIBED = ["sample_id", "captions", "source", "source_key", "sha256", *COMPARED]
+"""What is read of rows that are of the same pair."""
 REJECTS_PER_FILE = 50_000
 FEW_SHARDS = 4
 """So many are written sooner than a local Ray starts."""
@@ -33,6 +51,13 @@ class Committed:
 
     pairs: int = 0
     duplicates: int = 0
+    merged: int = 0
+    """Rows whose labels were added to a pair's."""
+    contradictions: Counter[str] = field(default_factory=Counter)
+    """Reason -> rows that were rejected because they contradict others."""
+    without_captions: int = 0
+    straddling: int = 0
+    """Groups in several splits, as their sources have it."""
     modalities: Counter[str] = field(default_factory=Counter)
     splits: Counter[str] = field(default_factory=Counter)
     first_shard: int = 0
@@ -44,8 +69,8 @@ def manifest_name(ingest_id: str) -> str:
     return f"ingests/{ingest_id}.json"
 
 
-def digests_name(ingest_id: str) -> str:
-    """Name of the digests of an ingest's pairs, by which later ingests know duplicates."""
+def index_name(ingest_id: str) -> str:
+    """Name of what tells an ingest's pairs apart, by which later ingests know duplicates; merged rows come behind."""
     return f"ingests/{ingest_id}.parquet"
 
 
@@ -53,58 +78,209 @@ def commit(
     lake: Lake,
     ingest_id: str,
     staged: list[StagedPart],
-    shard_rows: int,
+    config: IngestConfig,
+    kept: Mapping[str, str],
     workers: Workers,
     lease: Lease | None = None,
 ) -> Committed:
-    """Write the shards, rejects and digests of a staged ingest; what a killed attempt wrote already is kept.
+    """Write the shards, rejects and index of a staged ingest; what a killed attempt wrote already is kept.
 
-    Of exact duplicates the first in source order stays, or the one that is in the lake already.
+    What becomes of rows of the same pair is decided by :mod:`extractor.duplicates`.
+
+    Args:
+        lake: Where.
+        ingest_id: Which.
+        staged: Its parts, in source order.
+        config: Shard size, and what becomes of contradictions.
+        kept: Name -> type of the columns that the lake keeps beside its own.
+        workers: Write the shards.
+        lease: On the lake's pairs.
 
     Raises:
+        SourceError: Two rows have one and the same id.
         LeaseError: The lake is another ingest's to write by now.
     """
-    files = [
-        (staged_name(ingest_id, index, number), rows)
-        for index, part in enumerate(staged)
-        for number, rows in enumerate(part.rows)
-    ]
-    finished = finished_ingests(lake)
-    digests = _read_digests(lake, [name for name, _ in files])
-    keep = first_of_each(digests, _read_digests(lake, [digests_name(other["ingest_id"]) for other in finished]))
-    plan = plan_shards(files, keep, shard_rows)
-    first_shard, there = _clear_place(lake, ingest_id, finished, len(plan))
-    pairs = int(keep.sum())
-    done = Committed(pairs, len(keep) - pairs, first_shard=first_shard, shards=len(plan))
+    files = StagedFiles(lake, ingest_id, staged, kept)
+    earlier = EarlierPairs(lake, finished_ingests(lake), kept)
+    verdicts = judge_rows(
+        files.index, earlier.index, earlier.merged, files.rows, earlier.rows, config.contradictions == "keep"
+    )
+    _refuse_twins(files, earlier, verdicts.keep_N)
+    splits, straddling = settle_splits(files.index, verdicts.keep_N, earlier.settled())
+    changes = _changes(files, verdicts, splits)
+    plan = plan_shards(files.files, verdicts.keep_N, config.shard_rows)
+    first_shard, there = _clear_place(lake, ingest_id, earlier.manifests, len(plan))
+    places = np.flatnonzero(verdicts.keep_N)
+    done = Committed(len(places), verdicts.duplicates, verdicts.merged, first_shard=first_shard, shards=len(plan))
+    done.straddling = straddling
+    if config.contradictions == "reject":
+        done.contradictions = count_of(verdicts.conflicts)
     todo = []
     for index, pieces in enumerate(plan, first_shard):
         if there.get(index) == sum(rows for _, _, rows in pieces):
-            _count(done, _counts_of(lake.read_pairs(index, ["modality", "split"])))
+            _count(done, _counts_of(lake.read_pairs(index, COUNTED)))
         else:
-            todo.append({"shard": index, "pieces": pieces})
+            begin = (index - first_shard) * config.shard_rows
+            rows = places[begin : begin + config.shard_rows].tolist()
+            changed = {str(i): changes[row] for i, row in enumerate(rows) if row in changes}
+            todo.append({"shard": index, "pieces": pieces, "changes": changed})
     progress = Progress("ingest: writing", len(plan), "shards")
     progress.advance(len(plan) - len(todo))
-    for _, counts in workers.run(todo, write_shard, lake, ingest_id, lease, few=FEW_SHARDS, threads=True):
+    for _, counts in workers.run(todo, write_shard, lake, ingest_id, dict(kept), lease, few=FEW_SHARDS, threads=True):
         _count(done, counts)
         progress.advance(1)
-    _write_rejects(lake, ingest_id, staged)
-    lake.storage.write_table(digests_name(ingest_id), pa.table({"digest": _digest_array(digests[keep])}))
+    rejected = [_conflict_row(conflict) for conflict in verdicts.conflicts] if done.contradictions else []
+    _write_rejects(lake, ingest_id, staged, rejected)
+    lake.storage.write_table(index_name(ingest_id), _final_index(files, verdicts, splits))
     return done
 
 
-def first_of_each(digests: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Which rows to keep: the first of each digest, unless it is known.
+class StagedFiles:
+    """The staged rows of an ingest, in source order.
 
-    Args:
-        digests: bytes [N], one per row in source order.
-        known: bytes [M], of pairs that are in the lake.
-
-    Returns:
-        bool [N]
+    Attributes:
+        files: Name and number of rows of each file.
+        index: What tells the rows apart.
     """
-    keep = np.zeros(len(digests), bool)
-    keep[np.unique(digests, return_index=True)[1]] = True
-    return keep & ~np.isin(digests, known)
+
+    def __init__(self, lake: Lake, ingest_id: str, staged: list[StagedPart], kept: Mapping[str, str]) -> None:
+        self._lake = lake
+        self._columns = [*DESCRIBED, *kept, "mmkd_split", ROW]
+        self.files = [
+            (staged_name(ingest_id, index, number), rows)
+            for index, part in enumerate(staged)
+            for number, rows in enumerate(part.rows)
+        ]
+        self._first = np.cumsum([0, *(rows for _, rows in self.files)])
+        self.index = Index.of(_read_all(lake, [name for name, _ in self.files], INDEX.names))
+
+    def rows(self, places: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """Rows without their pictures; ``places`` ascend, and ``split`` is what the source gave."""
+        owners = np.searchsorted(self._first, places, side="right") - 1
+        for file in np.unique(owners).tolist():
+            table = self._lake.storage.read_table(self.files[file][0], self._columns)
+            inside = np.array(places)[owners == file] - self._first[file]
+            for row in table.take(inside).to_pylist():
+                yield {**row, "split": row["mmkd_split"]}
+
+    def drawn(self, places: Sequence[int]) -> dict[int, str]:
+        """Place -> split as the staged file has it."""
+        owners = np.searchsorted(self._first, places, side="right") - 1
+        found: dict[int, str] = {}
+        for file in np.unique(owners).tolist():
+            mine = np.array(places)[owners == file]
+            table = self._lake.storage.read_table(self.files[file][0], ["split"]).take(mine - self._first[file])
+            found.update(zip(mine.tolist(), table["split"].to_pylist(), strict=True))
+        return found
+
+
+class EarlierPairs:
+    """The pairs of the ingests that are part of the lake.
+
+    Attributes:
+        manifests: Of the ingests, in the order of their shards.
+        index: What tells the pairs apart; splits are those that their sources gave.
+        merged: Row digests that were merged into them, bytes [M].
+    """
+
+    def __init__(self, lake: Lake, manifests: list[dict[str, Any]], kept: Mapping[str, str]) -> None:
+        self._lake = lake
+        self._columns = [*DESCRIBED, *kept]
+        self._rows = int(lake.info()["shard_rows"])
+        self.manifests = sorted(manifests, key=lambda manifest: int(manifest["first_shard"]))
+        tables = _read_all(lake, [index_name(manifest["ingest_id"]) for manifest in self.manifests])
+        pairs = [int(manifest["pairs"]) for manifest in self.manifests]
+        self._first = np.cumsum([0, *pairs])
+        mains = [table.slice(0, count) for table, count in zip(tables, pairs, strict=True)]
+        self.index = Index.of(main.select(INDEX.names) for main in mains)
+        self.merged = Index.of(
+            table.slice(count).select(INDEX.names) for table, count in zip(tables, pairs, strict=True)
+        ).row_N
+        final = [name for main in mains for name in main["split"].to_pylist()]
+        self._split_N = np.array([SPLITS.index(name) for name in final], np.int8)
+
+    def settled(self) -> Index:
+        """The index with the splits in which the pairs are."""
+        return replace(self.index, split_N=self._split_N)
+
+    def place(self, row: int) -> tuple[int, int]:
+        """Shard and row within it."""
+        owner = int(np.searchsorted(self._first, row, side="right")) - 1
+        inside = row - int(self._first[owner])
+        return int(self.manifests[owner]["first_shard"]) + inside // self._rows, inside % self._rows
+
+    def rows(self, places: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """Rows without their pictures; ``places`` ascend, and ``split`` is what the source gave."""
+        by_shard: dict[int, list[tuple[int, int]]] = {}
+        for place in places:
+            shard, row = self.place(place)
+            by_shard.setdefault(shard, []).append((place, row))
+        for shard, wanted in by_shard.items():
+            table = self._lake.read_pairs(shard, self._columns).take([row for _, row in wanted])
+            for (place, _), row in zip(wanted, table.to_pylist(), strict=True):
+                yield {**row, "split": SPLITS[self.index.split_N[place]] or None}
+
+
+def _read_all(lake: Lake, names: list[str], columns: list[str] | None = None) -> list[pa.Table]:
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        return list(pool.map(lambda name: lake.storage.read_table(name, columns), names))
+
+
+def _refuse_twins(files: StagedFiles, earlier: EarlierPairs, keep_N: np.ndarray) -> None:
+    twins = twin_ids(files.index, keep_N, earlier.index)
+    if twins is None:
+        return
+    of_lake, first, later = twins
+    (found,) = files.rows([later])
+    (other,) = earlier.rows([of_lake]) if of_lake is not None else files.rows([int(first or 0)])
+    where = "in the lake already" if of_lake is not None else f"row {other[ROW]} of {other['source']}"
+    raise SourceError(
+        f"The id {found['source_id']!r} names two rows: {other['source_key']} ({where}) and {found['source_key']} (row "
+        f"{found[ROW]} of {found['source']}). Ids tell rows apart: mend the column, or name another with --id-column."
+    )
+
+
+def _changes(files: StagedFiles, verdicts: Verdicts, splits: Mapping[int, str]) -> dict[int, dict[str, Any]]:
+    """Row -> column -> value, where a pair is not as its row was staged."""
+    changes: dict[int, dict[str, Any]] = {}
+    for row, labels in verdicts.labels.items():
+        changes.setdefault(row, {})["labels"] = labels
+    for row, split in splits.items():
+        changes.setdefault(row, {})["split"] = split
+    for conflict in verdicts.conflicts:
+        if verdicts.keep_N[conflict.row]:
+            found = conflict.found
+            more = files.index.row_N[conflict.row].hex()
+            name = sample_id(found["source_key"], found["sha256"], found["captions"], more)
+            changes.setdefault(conflict.row, {})["sample_id"] = name
+    return changes
+
+
+def _conflict_row(conflict: Conflict) -> dict[str, Any]:
+    """A row that contradicts another, for the ledger."""
+    found, kept = conflict.found, conflict.kept
+    said = "; ".join(f"{name} is {found.get(name)!r}, not {kept.get(name)!r}" for name in conflict.columns)
+    detail = f"row {found[ROW]}: like {kept['source_key']} (sample {kept['sample_id']}), but {said}"
+    return reject_row(
+        found["source"],
+        found["source_key"],
+        found["source_id"],
+        found[ROW],
+        reason_of(conflict),
+        detail,
+        found["sha256"],
+        kept["sample_id"],
+    )
+
+
+def _final_index(files: StagedFiles, verdicts: Verdicts, splits: Mapping[int, str]) -> pa.Table:
+    """The index of the pairs with the splits in which they are; rows that were merged into them come behind."""
+    pairs = np.flatnonzero(verdicts.keep_N)
+    rows = np.concatenate([pairs, np.array([row for row, _ in verdicts.also], np.int64)]).astype(np.int64)
+    index = files.index.take(rows)
+    ascending = np.sort(rows)
+    drawn = {**files.drawn(ascending.tolist()), **splits}
+    return index.table().append_column("split", pa.array([drawn[row] for row in rows.tolist()], pa.string()))
 
 
 def plan_shards(files: list[tuple[str, int]], keep: np.ndarray, shard_rows: int) -> list[list[Piece]]:
@@ -129,20 +305,29 @@ def plan_shards(files: list[tuple[str, int]], keep: np.ndarray, shard_rows: int)
 
 
 def write_shard(
-    item: dict[str, Any], lake: Lake, ingest_id: str, lease: Lease | None = None
+    item: dict[str, Any], lake: Lake, ingest_id: str, kept: Mapping[str, str], lease: Lease | None = None
 ) -> dict[str, dict[str, int]]:
     """Copy staged rows into one shard of pairs; the task of a commit.
 
     Returns:
-        Rows by modality and by split.
+        Rows by modality, by split, and by whether they have captions.
     """
+    schema = kept_schema(kept)
     runs = []
     name, table = "", pa.table({})
     for wanted, begin, rows in item["pieces"]:
         if wanted != name:
-            name, table = wanted, lake.storage.read_table(wanted, PAIRS.names)
+            name, table = wanted, lake.storage.read_table(wanted, schema.names)
         runs.append(table.slice(begin, rows))
-    shard = pa.concat_tables(runs).cast(PAIRS)
+    shard = pa.concat_tables(runs).cast(schema)
+    changes: dict[str, dict[int, Any]] = {}
+    for row, values in item["changes"].items():
+        for name, value in values.items():
+            changes.setdefault(name, {})[int(row)] = value
+    for name, by_row in changes.items():
+        values = [by_row.get(row, value) for row, value in enumerate(shard[name].to_pylist())]
+        place = schema.get_field_index(name)
+        shard = shard.set_column(place, schema.field(place), pa.array(values, schema.field(place).type))
     insist_on_lease(lake, lease)
     lake.storage.write_table(f"pairs/{shard_name(item['shard'])}", shard, {OWNER: ingest_id})
     return _counts_of(shard)
@@ -192,36 +377,31 @@ def _clear_place(lake: Lake, ingest_id: str, finished: list[dict[str, Any]], sha
     return first, ours
 
 
-def _read_digests(lake: Lake, names: list[str]) -> np.ndarray:
-    def read(name: str) -> bytes:
-        column = lake.storage.read_table(name, ["digest"])["digest"]
-        return b"".join(digest.as_py() for digest in column)
-
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        return np.frombuffer(b"".join(pool.map(read, names)), f"S{DIGEST_BYTES}")
-
-
-def _digest_array(digests: np.ndarray) -> pa.Array:
-    kind = pa.binary(DIGEST_BYTES)
-    return pa.Array.from_buffers(kind, len(digests), [None, pa.py_buffer(digests.tobytes())])
+COUNTED = ["modality", "split", "captions"]
 
 
 def _counts_of(pairs: pa.Table) -> dict[str, dict[str, int]]:
-    return {
+    counts = {
         column: dict(Counter(value or "(none)" for value in pairs[column].to_pylist()))
         for column in ("modality", "split")
     }
+    lengths = pc.list_value_length(pairs["captions"])
+    return {**counts, "captions": {"none": int(pc.sum(pc.equal(lengths, 0)).as_py() or 0)}}
 
 
 def _count(done: Committed, counts: dict[str, dict[str, int]]) -> None:
     done.modalities.update(counts["modality"])
     done.splits.update(counts["split"])
+    done.without_captions += counts["captions"]["none"]
 
 
-def _write_rejects(lake: Lake, ingest_id: str, staged: Iterable[StagedPart]) -> None:
-    """Gather the parts' rejects, in source order, into few files below ``rejects/stage=ingest/``."""
+def _write_rejects(lake: Lake, ingest_id: str, staged: Iterable[StagedPart], more: list[dict[str, Any]]) -> None:
+    """Gather the parts' rejects, in source order, and further ones into few files below ``rejects/stage=ingest/``."""
     names = [rejects_name(ingest_id, index) for index, part in enumerate(staged) if part.rejected]
-    for number, table in enumerate(_merged(map(lake.storage.read_table, names))):
+    tables = itertools.chain(
+        map(lake.storage.read_table, names), [pa.Table.from_pylist(more, schema=REJECTS)] if more else []
+    )
+    for number, table in enumerate(_merged(tables)):
         lake.storage.write_table(f"rejects/stage=ingest/{ingest_id}-{number:06d}.parquet", table.cast(REJECTS))
 
 

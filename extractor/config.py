@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from common.config import StrictModel
+from common.kept_columns import parse_kept
 from extractor.placement import TeacherPlacement
 
 DecodeMode = Literal["exact", "fast", "scaled"]
@@ -19,9 +20,12 @@ class ColumnNames(StrictModel):
     image: str | None = Field(None, description="Image path, URI or bytes, when it is not called image, filepath, ...")
     caption: str | None = Field(None, description="Caption or list of captions, when not captions, caption, title, ...")
     modality: str | None = Field(None, description="Kind of picture, when it is not called modality.")
-    label: str | None = Field(None, description="Class label for zero-shot evaluation, when it is not called label.")
+    label: str | None = Field(None, description="Class or list of classes, when it is not called label or labels.")
     license: str | None = Field(None, description="Licence, when it is not called license or licence.")
     split: str | None = Field(None, description="train, val or test, when it is not called split.")
+    dataset: str | None = Field(None, description="Name of the set a row belongs to, when it is not called dataset.")
+    id: str | None = Field(None, description="Your own name for each row, unique in the lake; kept as source_id.")
+    group: str | None = Field(None, description="What never straddles splits: patient, lesion, slide, article.")
 
 
 class DecodeLimits(StrictModel):
@@ -60,6 +64,22 @@ class IngestConfig(StrictModel):
         "auto", description="auto looks at the extension; name it when the extension does not tell."
     )
     columns: ColumnNames = ColumnNames()
+    keep_columns: tuple[str, ...] = Field(
+        (),
+        description="Further columns to keep, as NAME or NAME:TYPE (string, int64, float64, bool, date, timestamp). "
+        "Without a type, Parquet's own, and string elsewhere. The same for all ingests into a lake.",
+    )
+    dataset: str | None = Field(None, description="The set that rows belong to whose source does not say.")
+    label_separator: str | None = Field(
+        None, min_length=1, description="What stands between several labels in one text, such as '|'."
+    )
+    no_captions: bool = Field(
+        False, description="Tables with neither a caption nor a label column are pictures without captions, no mistake."
+    )
+    contradictions: Literal["reject", "keep"] = Field(
+        "reject",
+        description="Rows with the picture and the captions of another that differ elsewhere, in more than labels.",
+    )
     quotes: bool | None = Field(
         None,
         description="false (--no-quotes): quotes in CSV and TSV are ordinary characters. true: cells may be quoted. "
@@ -77,10 +97,10 @@ class IngestConfig(StrictModel):
         3, ge=0, le=256, description="Reject pictures whose 8-bit values span less (blank ones); 0 keeps all."
     )
     val_fraction: float = Field(
-        0.02, ge=0, lt=1, description="Share put in val by hash, where the source has no split."
+        0.02, ge=0, lt=1, description="Share put in val by hash of group or picture, where the source has no split."
     )
     test_fraction: float = Field(
-        0.05, ge=0, lt=1, description="Share put in test by hash, where the source has no split."
+        0.05, ge=0, lt=1, description="Share put in test by hash of group or picture, where the source has no split."
     )
     shard_rows: PositiveInt = Field(1024, description="Rows per shard; fixed for a lake. Fewer means finer resume.")
     lease_seconds: PositiveFloat = Field(
@@ -88,6 +108,12 @@ class IngestConfig(StrictModel):
     )
     fetch: FetchConfig = FetchConfig()
     limits: DecodeLimits = DecodeLimits()
+
+    @field_validator("keep_columns")
+    @classmethod
+    def _can_be_kept(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        parse_kept(value)
+        return value
 
 
 class HardwareConfig(StrictModel):

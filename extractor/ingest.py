@@ -2,8 +2,8 @@
 
 1. *Stage.* Each part of the source is one task: read it, check every picture in a sandbox, and write staged files
    below ``ingest/<id>/``; the part's JSON comes last and means done.
-2. *Commit.* The driver drops exact duplicates, for which it reads 16 bytes per row and never a picture, and plans
-   shards in source order; each shard is one task that copies staged rows and writes one file.
+2. *Commit.* The driver finds duplicates and contradictions (:mod:`extractor.duplicates`) and plans shards in source
+   order; each shard is one task that copies staged rows and writes one file.
    ``ingests/<id>.json`` comes last and means that the ingest is part of the lake; then the staged files are removed.
 
 ``<id>`` is a fingerprint of the source files (name, size, last change) and of the settings, so the same ingest run
@@ -31,6 +31,7 @@ from common.schemas import SCHEMA_VERSION
 from common.storage_errors import without_secrets
 from extractor.commit import Committed, commit, insist_on_lease, manifest_name
 from extractor.config import FetchConfig, IngestConfig
+from extractor.duplicates import CONTRADICTS
 from extractor.sources import plan_sources
 from extractor.sources.addresses import identity_of
 from extractor.sources.record import NOT_REACHABLE, Part
@@ -46,14 +47,20 @@ FEW_UNREACHABLE = 20
 
 @dataclass
 class IngestReport:
-    """What an ingest did; ``input = pairs + rejects + duplicates + filtered``."""
+    """What an ingest did; ``input = pairs + rejects + duplicates + merged + filtered``."""
 
     ingest_id: str
     input: int = 0
     pairs: int = 0
     rejects: int = 0
     duplicates: int = 0
+    merged: int = 0
+    """Rows whose labels were added to those of a pair with the same picture and captions."""
     filtered: int = 0
+    without_captions: int = 0
+    """Of the pairs."""
+    straddling: int = 0
+    """Groups in several splits, as their sources have it."""
     reasons: Counter[str] = field(default_factory=Counter)
     modalities: Counter[str] = field(default_factory=Counter)
     splits: Counter[str] = field(default_factory=Counter)
@@ -82,7 +89,7 @@ def ingest(
     Raises:
         SourceError: A source is absent, lacks a column, gives not one usable pair, or names URLs of which more than
             the allowed share is not reachable.
-        LakeError: The lake has another shard size or schema version.
+        LakeError: The lake has another shard size, other kept columns, or another schema version.
         LeaseError: Another ingest is at work on the lake.
         StorageError: An address cannot be reached.
     """
@@ -91,7 +98,8 @@ def ingest(
     parts = plan_sources(sources, config)
     identity = describe(parts, config)
     ingest_id = fingerprint(identity)
-    lake = create_lake(lake_uri, config.shard_rows)
+    kept = kept_by_all(parts)
+    lake = create_lake(lake_uri, config.shard_rows, kept)
     earlier = find_earlier(lake, ingest_id)
     if earlier is not None:
         return earlier
@@ -103,7 +111,11 @@ def ingest(
             staged = stage(lake, ingest_id, parts, config, workers, lease)
             insist_on_pairs(lake, ingest_id, sources, staged)
             insist_on_reach(sources, staged, config.fetch)
-            committed = commit(lake, ingest_id, staged, config.shard_rows, workers, lease)
+            try:
+                committed = commit(lake, ingest_id, staged, config, kept, workers, lease)
+            except SourceError:  # the mended source will be another
+                lake.storage.remove(staging_folder(ingest_id))
+                raise
         report = summarise(ingest_id, staged, committed)
         report.seconds = time.monotonic() - started
         record = {**vars(report), "sources": [without_secrets(uri) for uri in sources], "fingerprint": identity}
@@ -112,6 +124,23 @@ def ingest(
         lake.storage.remove(staging_folder(ingest_id))
     log_report(report)
     return report
+
+
+def kept_by_all(parts: list[Part]) -> dict[str, str]:
+    """Name -> type of the columns that are kept, the same for all parts.
+
+    Raises:
+        SourceError: Two files have different types for one.
+    """
+    first = parts[0] if parts else None
+    for part in parts:
+        if first is not None and part.kept != first.kept:
+            name = next(name for name in part.kept if part.kept[name] != first.kept[name])
+            raise SourceError(
+                f"Column {name!r} is {first.kept[name]} in {without_secrets(first.uri)} and {part.kept[name]} in "
+                f"{without_secrets(part.uri)}. Say which to keep with --keep-columns {name}:TYPE."
+            )
+    return dict(first.kept) if first is not None else {}
 
 
 def describe(parts: list[Part], config: IngestConfig) -> dict[str, Any]:
@@ -249,12 +278,13 @@ def insist_on_reach(sources: list[str], staged: list[StagedPart], config: FetchC
 
 def summarise(ingest_id: str, staged: list[StagedPart], committed: Committed) -> IngestReport:
     """Account for every input row."""
-    report = IngestReport(ingest_id, **vars(committed))
+    counts = {name: value for name, value in vars(committed).items() if name != "contradictions"}
+    report = IngestReport(ingest_id, **counts)
     report.input = sum(part.records for part in staged)
-    report.rejects = sum(part.rejected for part in staged)
+    report.rejects = sum(part.rejected for part in staged) + committed.contradictions.total()
     report.filtered = sum(part.filtered for part in staged)
-    report.reasons = sum((part.reasons for part in staged), Counter[str]())
-    total = report.pairs + report.rejects + report.duplicates + report.filtered
+    report.reasons = sum((part.reasons for part in staged), Counter[str]()) + committed.contradictions
+    total = report.pairs + report.rejects + report.duplicates + report.merged + report.filtered
     assert report.input == total, f"{report.input} rows came in and {total} are accounted for: {report}"
     assert report.rejects == sum(report.reasons.values()), f"a reject has no reason: {report}"
     return report
@@ -263,10 +293,35 @@ def summarise(ingest_id: str, staged: list[StagedPart], committed: Committed) ->
 def log_report(report: IngestReport) -> None:
     """Say what came of every input row."""
     logger.info(
-        "ingest: %d rows in = %d pairs + %d rejects + %d duplicates + %d filtered; %d shards; %s (%.0f rows/s)",
-        *(report.input, report.pairs, report.rejects, report.duplicates, report.filtered, report.shards),
+        "ingest: %d rows in = %d pairs + %d rejects + %d duplicates%s + %d filtered; %d shards; %s (%.0f rows/s)",
+        *(report.input, report.pairs, report.rejects, report.duplicates),
+        *(f" + {report.merged} merged" if report.merged else "", report.filtered, report.shards),
         *(duration(report.seconds), report.input / max(report.seconds, 1e-9)),
     )
     for what, counts in (("rejects", report.reasons), ("modalities", report.modalities), ("splits", report.splits)):
         if counts:
             logger.info("ingest: %s: %s", what, ", ".join(f"{name} {count}" for name, count in counts.most_common(8)))
+    if report.merged:
+        logger.info(
+            "ingest: %d rows had the picture and the captions of another, and further labels: it has them all now",
+            report.merged,
+        )
+    if report.without_captions:
+        logger.info(
+            "ingest: %d pairs have no caption: image towers embed them and evaluation uses their labels; what needs a "
+            "text passes over them",
+            report.without_captions,
+        )
+    contradicting = sum(count for reason, count in report.reasons.items() if reason.startswith(CONTRADICTS))
+    if contradicting:
+        logger.warning(
+            "ingest: %d rows have the picture and the captions of a pair and differ elsewhere; they are in rejects/, "
+            "with what differs. Pairs that are in a lake never change: to give them other labels or splits, ingest "
+            "into a new lake. --set contradictions=keep makes pairs of them beside the others.",
+            contradicting,
+        )
+    if report.straddling:
+        logger.warning(
+            "ingest: %d groups are in several splits, because the sources' own split columns put them there",
+            report.straddling,
+        )

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
+from common.kept_columns import kept_schema
 from common.lake import Lake
 from common.sandbox import SandboxedDecoder
-from common.schemas import PAIRS, REJECTS
+from common.schemas import REJECTS
 from common.seeding import seed_of
 from common.storage_errors import without_secrets
 from extractor.config import IngestConfig
@@ -22,12 +25,23 @@ from extractor.sources.record import Part, Record
 from extractor.tasks import insist_on_going
 
 DIGEST_BYTES = 16
-STAGED = PAIRS.append(pa.field("digest", pa.binary(DIGEST_BYTES), nullable=False))
-"""Pairs plus the digest of (image sha256, captions) by which exact duplicates are found."""
+INDEX = pa.schema(
+    [
+        pa.field("mmkd_pair", pa.binary(DIGEST_BYTES), nullable=False),
+        pa.field("mmkd_row", pa.binary(DIGEST_BYTES), nullable=False),
+        pa.field("mmkd_group", pa.uint64(), nullable=False),
+        pa.field("mmkd_id", pa.uint64(), nullable=False),
+        pa.field("mmkd_split", pa.string()),
+    ]
+)
+"""What tells rows apart without a picture or a text: digests of (picture, captions) and of every column that is kept,
+hashes of the group and of the user's id (0 for none), and the split that the source gave."""
 FILE_ROWS = 1024
 FILE_BYTES = 64 << 20
 """A staged file is closed at either, so that a tar of any size passes through bounded memory."""
 MAX_DETAIL_CHARS = 500
+ROW = "mmkd_place"
+"""Column of staged files with a row's place in its source, from 1."""
 _OF_THREAD = threading.local()
 
 
@@ -77,6 +91,11 @@ def rejects_name(ingest_id: str, part: int) -> str:
     return f"{staging_folder(ingest_id)}/part-{part:06d}.rejects.parquet"
 
 
+def staged_schema(kept: Mapping[str, str]) -> pa.Schema:
+    """Pairs, the place of each in its source, and what tells rows apart."""
+    return pa.schema([*kept_schema(kept), pa.field(ROW, pa.int64()), *INDEX])
+
+
 def stage_part(lake: Lake, ingest_id: str, index: int, part: Part, config: IngestConfig) -> StagedPart:
     """Read one part, check its pictures, and write its staged files; the same input gives the same files.
 
@@ -84,6 +103,7 @@ def stage_part(lake: Lake, ingest_id: str, index: int, part: Part, config: Inges
         StorageError: The source or the lake cannot be reached.
     """
     done = StagedPart()
+    schema = staged_schema(part.kept)
     seen = 0
     pairs: list[dict[str, Any]] = []
     rejects: list[dict[str, Any]] = []
@@ -91,7 +111,7 @@ def stage_part(lake: Lake, ingest_id: str, index: int, part: Part, config: Inges
 
     def flush() -> None:
         nonlocal size
-        table = pa.Table.from_pylist(pairs, schema=STAGED)
+        table = pa.Table.from_pylist(pairs, schema=schema)
         lake.storage.write_table(staged_name(ingest_id, index, len(done.rows)), table)
         done.rows.append(table.num_rows)
         pairs.clear()
@@ -145,7 +165,7 @@ def release_decoder() -> None:
 
 
 def judge(record: Record, part: Part, config: IngestConfig, decoder: SandboxedDecoder) -> tuple[dict[str, Any], bool]:
-    """A record as a row of ``STAGED`` (second value true) or of ``REJECTS`` (false)."""
+    """A record as a row of a staged file (second value true) or of ``REJECTS`` (false)."""
     source = short_name(part.uri)
     sha256 = hashlib.sha256(record.image).hexdigest() if record.image else None
     reason, detail = record.reason, record.detail
@@ -156,38 +176,94 @@ def judge(record: Record, part: Part, config: IngestConfig, decoder: SandboxedDe
             reason = "blank picture"
             detail = f"its 8-bit values differ by {verdict.contrast} at most; min_contrast is {config.min_contrast}"
     if reason is not None or sha256 is None:
-        row = {"sample_id": None, "source": source, "source_key": record.source_key, "stage": "ingest"}
-        return {**row, "reason": reason, "detail": without_secrets(detail)[:MAX_DETAIL_CHARS], "sha256": sha256}, False
-    return {
-        "sample_id": sample_id(record.source_key, sha256, record.captions),
-        "image": verdict.reencoded or record.image,
+        rejected = reject_row(source, record.source_key, record.source_id, record.row, str(reason), detail, sha256)
+        return rejected, False
+    described = {
         "captions": list(record.captions),
         "modality": record.modality,
-        "label": record.label,
+        "labels": list(record.labels),
+        "dataset": record.dataset,
+        "group_id": record.group_id,
+        "source_id": record.source_id,
+        "license": record.license,
+    }
+    return {
+        **described,
+        **record.kept,
+        "sample_id": sample_id(record.source_key, sha256, record.captions),
+        "image": verdict.reencoded or record.image,
         "source": source,
         "source_key": record.source_key,
-        "license": record.license,
         "width": verdict.width,
         "height": verdict.height,
         "sha256": sha256,
-        "split": record.split or split_of(sha256, config),
-        "digest": content_digest(sha256, record.captions),
+        "split": record.split or split_of(group_key(record.group_id) if record.group_id else sha256, config),
+        ROW: record.row,
+        "mmkd_pair": content_digest(sha256, record.captions),
+        "mmkd_row": digest_of([sha256, record.split, described, record.kept]),
+        "mmkd_group": hash_of(record.group_id),
+        "mmkd_id": hash_of(record.source_id),
+        "mmkd_split": record.split,
     }, True
 
 
-def sample_id(source_key: str, sha256: str, captions: tuple[str, ...]) -> str:
-    """A sample's name by ``common.lake.ID_RULE``."""
-    return hashlib.sha256("\0".join((source_key, sha256, *captions)).encode()).hexdigest()[:32]
+def reject_row(
+    source: str,
+    source_key: str,
+    source_id: str | None,
+    row: int | None,
+    reason: str,
+    detail: str,
+    sha256: str | None,
+    sample: str | None = None,
+) -> dict[str, Any]:
+    """A row of ``REJECTS`` that ingest writes."""
+    return {
+        "sample_id": sample,
+        "source": source,
+        "source_key": source_key,
+        "source_id": source_id,
+        "row": row,
+        "stage": "ingest",
+        "reason": reason,
+        "detail": without_secrets(detail)[:MAX_DETAIL_CHARS],
+        "sha256": sha256,
+    }
+
+
+def sample_id(source_key: str, sha256: str, captions: Iterable[str], more: str | None = None) -> str:
+    """A sample's name by ``common.lake.ID_RULE``; ``more`` tells apart what is alike by it and kept all the same."""
+    parts = (source_key, sha256, *captions, *(() if more is None else (more,)))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def content_digest(sha256: str, captions: tuple[str, ...]) -> bytes:
-    """Equal exactly for exact duplicates: the same image bytes and the same captions."""
+    """Equal exactly for the same image bytes with the same captions."""
     return hashlib.sha256("\0".join((sha256, *captions)).encode()).digest()[:DIGEST_BYTES]
 
 
-def split_of(sha256: str, config: IngestConfig) -> str:
-    """The split of a picture whose source names none; by its content, so that copies never straddle splits."""
-    draw = seed_of("split", sha256) / 2**64  # a generator for one number would take longer than everything else here
+def digest_of(values: Any) -> bytes:
+    """Equal exactly for equal values: JSON-able ones, dates and times."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).digest()[:DIGEST_BYTES]
+
+
+def hash_of(name: str | None) -> int:
+    """Never 0 for a name, and 0 for none."""
+    return 0 if name is None else seed_of("name", name) or 1
+
+
+def group_key(group_id: str) -> str:
+    """What a group's split is drawn by."""
+    return f"group {group_id}"
+
+
+def split_of(key: str, config: IngestConfig) -> str:
+    """The split of a picture whose source names none: by its group or, having none, by its content.
+
+    So neither a group nor copies of a picture straddle splits.
+    """
+    draw = seed_of("split", key) / 2**64  # a generator for one number would take longer than everything else here
     if draw < config.test_fraction:
         return "test"
     return "val" if draw < config.test_fraction + config.val_fraction else "train"

@@ -29,6 +29,23 @@ def ingest(
     ] = None,
     image_column: Annotated[str | None, typer.Option(help="Column with the image path, URI or bytes.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="Column with the caption or captions.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column with the class or classes.")] = None,
+    id_column: Annotated[
+        str | None, typer.Option(help="Column with your own name of each row; kept as source_id, and unique.")
+    ] = None,
+    group_column: Annotated[
+        str | None, typer.Option(help="Column with what never straddles splits: patient, slide, article.")
+    ] = None,
+    keep_columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:TYPE]", help="A further column to keep (repeatable), as string or int64, bool, ..."
+        ),
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="The set these rows belong to, where no column says it.")] = None,
+    no_captions: Annotated[
+        bool, typer.Option("--no-captions", help="Pictures without captions and labels are no mistake.")
+    ] = False,
     no_quotes: Annotated[
         bool, typer.Option("--no-quotes", help="Quotes in CSV and TSV are ordinary characters: no cell is quoted.")
     ] = False,
@@ -44,7 +61,8 @@ def ingest(
 
     Example: mmkd ingest pairs.jsonl ./lake
     """
-    columns = {"image": image_column, "caption": caption_column}
+    columns = {"image": image_column, "caption": caption_column, "label": label_column}
+    columns |= {"id": id_column, "group": group_column}
     named = [f"columns.{what}={name}" for what, name in columns.items() if name is not None]
     settings = load_config(
         IngestConfig,
@@ -53,6 +71,9 @@ def ingest(
         format=source_format,
         quotes=False if no_quotes else None,
         max_side=max_side,
+        keep_columns=tuple(keep_columns) if keep_columns else None,
+        dataset=dataset,
+        no_captions=True if no_captions else None,
     )
     if print_config:
         show_config(settings)

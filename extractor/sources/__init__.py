@@ -1,6 +1,6 @@
 """Where pairs come from. A kind of source is a module with two functions, and a line in the table below.
 
-``parts(uri, config) -> list[Part]`` plans the reading of one file, cheaply, in the driver.
+``parts(file, config) -> list[Part]`` plans the reading of one file, cheaply, in the driver.
 ``read(part, config) -> Iterator[Record]`` reads one part, in a worker, in bounded memory; whatever is wrong
 with one row becomes that row's reason.
 """
@@ -15,6 +15,7 @@ from common.errors import SourceError
 from common.storage_errors import without_secrets
 from extractor.config import IngestConfig
 from extractor.sources.addresses import EXTENSIONS, find_files, kind_of
+from extractor.sources.columns import say_columns
 from extractor.sources.delimited import say_dialects
 from extractor.sources.record import Part, Record
 
@@ -35,7 +36,8 @@ def plan_sources(sources: list[str], config: IngestConfig) -> list[Part]:
         StorageError: A source's storage cannot be reached.
     """
     files = [file for source in sources for file in find_files(source, config.format)]
-    planned = [part for file in files for part in _module(_kind(file, config)).parts(file, config)]
+    planned = [part for file in files for part in _module(_kind(file.uri, config)).parts(file, config)]
+    say_columns(planned)
     say_dialects(planned)
     return planned
 

@@ -7,10 +7,13 @@ import itertools
 import os
 import posixpath
 import re
+from collections import Counter
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import unquote
 
 from common.errors import SourceError, StorageError
+from common.logs import logger
 from common.storage import Storage, absolute_address
 from common.storage_errors import unsigned, without_secrets
 from extractor.config import IngestConfig
@@ -29,6 +32,7 @@ EXTENSIONS = {  # kind -> how its file names end
 }
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _NUMBERS = re.compile(r"^(\d+)\.\.(\d+)$")
+_HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 _WEB = re.compile(r"https?://", re.IGNORECASE)
 # What is wrong with this one path; anything else (a lost connection, a full disk) stops the run instead.
 _PATH_FAULTS = (PermissionError, IsADirectoryError, NotADirectoryError, ValueError, ImportError)
@@ -36,6 +40,20 @@ _PATH_ERRNOS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 # S3 answers with these to whoever asks wrongly, for whatever object.
 _CREDENTIAL_FAULTS = {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "RequestTimeTooSkewed"}
 _CREDENTIAL_FAULTS |= {"SignatureDoesNotMatch", "TokenRefreshRequired"}
+
+
+class SourceFile(NamedTuple):
+    """A file that a source stands for."""
+
+    uri: str
+    name: str
+    """Where it lies below the folder that the user named, or its base name."""
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """Keys and values of the folders between (``split=test/``), as Hive writes them."""
+        pairs = (part.partition("=") for part in self.name.split("/")[:-1])
+        return {key: unquote(value) for key, mark, value in pairs if key and mark and value != _HIVE_NULL}
 
 
 def base_name(uri: str) -> str:
@@ -74,8 +92,8 @@ def expand_braces(pattern: str) -> list[str]:
     return list(itertools.chain.from_iterable(map(expand_braces, names)))
 
 
-def find_files(source: str, kind: str) -> list[str]:
-    """Addresses of the files a source stands for, in order.
+def find_files(source: str, kind: str) -> list[SourceFile]:
+    """The files a source stands for, in order.
 
     Args:
         source: A file, a folder, or a pattern with braces or wildcards.
@@ -86,8 +104,10 @@ def find_files(source: str, kind: str) -> list[str]:
     """
     whole = Storage(source)
     if whole.exists():
-        return _files_below(source, kind) if whole.fs.isdir(whole.path()) else [absolute_address(source)]
-    found: list[str] = []
+        if whole.fs.isdir(whole.path()):
+            return _files_below(source, kind)
+        return [SourceFile(absolute_address(source), base_name(source))]
+    found: list[SourceFile] = []
     for name in expand_braces(source):
         # The question mark of a URL begins its query.
         if any(mark in (name.partition("?")[0] if _WEB.match(name) else name) for mark in "*?["):
@@ -97,7 +117,8 @@ def find_files(source: str, kind: str) -> list[str]:
                 raise SourceError(
                     f"No file matches {without_secrets(name)}. Check the pattern, and quote it so the shell leaves it."
                 )
-            found += [_address(storage, path) for path in matches]
+            root = re.split(r"[*?\[]", storage.path())[0].rpartition("/")[0]
+            found += [SourceFile(_address(storage, path), _below(root, path)) for path in matches]
         elif not Storage(name).exists():
             raise SourceError(
                 f"There is nothing at {without_secrets(name)}"
@@ -106,8 +127,16 @@ def find_files(source: str, kind: str) -> list[str]:
                 "on a cluster, a local path must be visible to every machine."
             )
         else:
-            found.append(absolute_address(name))
+            root = absolute_address(source.partition("{")[0].rpartition("/")[0] or ".")
+            address = absolute_address(name)
+            found.append(SourceFile(address, _below(root, unsigned(address))))
     return found
+
+
+def _below(root: str, path: str) -> str:
+    """A path without the folder it lies in; its base name if it lies elsewhere."""
+    root = f"{root.rstrip('/')}/"
+    return path[len(root) :] if path.startswith(root) else base_name(path)
 
 
 def kind_of(uri: str) -> str | None:
@@ -116,7 +145,7 @@ def kind_of(uri: str) -> str | None:
     return next((kind for kind, endings in EXTENSIONS.items() if name.endswith(endings)), None)
 
 
-def _files_below(folder: str, kind: str) -> list[str]:
+def _files_below(folder: str, kind: str) -> list[SourceFile]:
     storage = Storage(folder)
     storage.fs.invalidate_cache()
     everything = sorted(storage.fs.find(storage.path()))
@@ -131,14 +160,22 @@ def _files_below(folder: str, kind: str) -> list[str]:
             )
     else:
         files = [path for path in everything if base_name(path).lower().endswith(EXTENSIONS[kind])]
+    chosen = set(files)
+    others = Counter(os.path.splitext(path)[1] or "no extension" for path in everything if path not in chosen)
     if not files:
-        endings = sorted({os.path.splitext(path)[1] or "none" for path in everything})[:8]
         expected = ".tar, .jsonl, .csv, .tsv or .parquet" if kind == "auto" else " or ".join(EXTENSIONS[kind])
         raise SourceError(
             f"The folder {without_secrets(folder)} holds no {'usable' if kind == 'auto' else kind} source: "
-            f"{len(everything)} files with extensions {', '.join(endings) or '(no files)'}. Expected {expected}."
+            f"{len(everything)} files with extensions {', '.join(sorted(others)[:8]) or '(no files)'}. "
+            f"Expected {expected}."
         )
-    return [_address(storage, path) for path in files]
+    if others:
+        logger.info(
+            "ingest: %s: %d files are read; %d others are no tables or tars, and read only where one names them: %s",
+            *(without_secrets(folder), len(files), others.total()),
+            ", ".join(f"{ending} {count}" for ending, count in others.most_common(8)),
+        )
+    return [SourceFile(_address(storage, path), _below(storage.path(), path)) for path in files]
 
 
 def _address(storage: Storage, path: str) -> str:

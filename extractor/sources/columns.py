@@ -2,70 +2,120 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from common.errors import SourceError
+from common.kept_columns import kept_value, parse_kept
+from common.logs import logger
 from common.storage_errors import unsigned, without_secrets
 from extractor.config import IngestConfig
-from extractor.sources.addresses import Pictures, base_name, image_address
+from extractor.sources.addresses import Pictures, image_address
 from extractor.sources.record import (
     Columns,
     Part,
     Record,
     RowFaultError,
     clean_captions,
+    clean_labels,
     clean_split,
     clean_text,
     is_kept,
 )
 
-USUAL_NAMES = {  # what -> column names tried in this order when none is configured
+USUAL_NAMES: dict[str, tuple[str, ...]] = {  # what -> column names tried in this order when none is configured
     "image": ("image", "image_path", "filepath", "file_path", "file_name", "filename", "path", "img", "img_path")
     + ("image_url", "url", "uri", "jpg", "png"),
     "caption": ("captions", "caption", "title", "text", "txt", "caption_text", "description", "report"),
     "modality": ("modality",),
-    "label": ("label",),
+    "label": ("labels", "label"),
     "license": ("license", "licence", "article_license"),
     "split": ("split",),
+    "dataset": ("dataset",),
+    # Nobody else's word for these can be trusted: a wrong guess would refuse a table, or tear groups apart.
+    "id": (),
+    "group": (),
 }
-_REQUIRED = ("image", "caption")
 
 
-def choose_columns(present: Iterable[str], config: IngestConfig, where: str) -> Columns:
+def choose_columns(
+    present: Iterable[str], config: IngestConfig, where: str, folders: Mapping[str, str] | None = None
+) -> Columns:
     """Decide which column holds what: the configured name, else the first usual name that is there.
 
+    Args:
+        present: Names of the table's columns.
+        config: What is asked for.
+        where: The table's address.
+        folders: What its folders' names say, which is as good as a column.
+
     Raises:
-        SourceError: A configured column is absent, or there is no image or caption column; lists those present.
+        SourceError: A configured column is absent, there is no image column, or neither captions nor labels though
+            nobody said that there are none; lists those present.
     """
-    names, where = list(present), without_secrets(where)
-    chosen: dict[str, str | None] = {}
+    names = list(dict.fromkeys([*present, *(folders or {})]))
+    where = without_secrets(where)
+    listing = f"Its columns are: {', '.join(names) or 'none'}."
+    chosen: dict[str, Any] = {}
     for what, usual in USUAL_NAMES.items():
         asked: str | None = getattr(config.columns, what)
         if asked is not None and asked not in names:
             raise SourceError(
-                f"{where} has no column {asked!r}, which columns.{what} asks for. "
-                f"Its columns are: {', '.join(names) or 'none'}. Give one of them."
+                f"{where} has no column {asked!r}, which columns.{what} asks for. {listing} Give one of them."
             )
         chosen[what] = asked or next((name for name in usual if name in names), None)
-        if chosen[what] is None and what in _REQUIRED:
-            raise SourceError(
-                f"{where} has no {what} column that this program would recognise (tried: {', '.join(usual)}). "
-                f"Its columns are: {', '.join(names) or 'none'}. Name the right one with --{what}-column."
-            )
-    return Columns(**chosen)  # type: ignore[arg-type]  # the two required ones are strings now
+    absent = [name for name in parse_kept(config.keep_columns) if name not in names]
+    if absent:
+        raise SourceError(f"{where} has no column {absent[0]!r}, which keep_columns asks for. {listing}")
+    if chosen["image"] is None:
+        raise SourceError(
+            f"{where} has no image column that this program would recognise (tried: "
+            f"{', '.join(USUAL_NAMES['image'])}). {listing} Name the right one with --image-column."
+        )
+    if chosen["caption"] is None and chosen["label"] is None and not config.no_captions:
+        raise SourceError(
+            f"{where} has no caption column that this program would recognise (tried: "
+            f"{', '.join(USUAL_NAMES['caption'])}), and no labels either. {listing} Name the right one with "
+            "--caption-column or --label-column; --no-captions takes pictures without any text."
+        )
+    return Columns(**chosen, kept=tuple(parse_kept(config.keep_columns)))
 
 
-def has_columns(present: Iterable[str], config: IngestConfig) -> bool:
-    """Whether :func:`choose_columns` would find all that is needed or asked for."""
-    names = set(present)
-    for what, usual in USUAL_NAMES.items():
-        asked: str | None = getattr(config.columns, what)
-        if asked is not None and asked not in names:
-            return False
-        if asked is None and what in _REQUIRED and names.isdisjoint(usual):
-            return False
-    return True
+def has_columns(present: Iterable[str], config: IngestConfig, folders: Mapping[str, str]) -> bool:
+    """Whether :func:`choose_columns` would find captions and all else that is needed or asked for."""
+    try:
+        return choose_columns(present, config, "", folders).caption is not None
+    except SourceError:
+        return False
+
+
+def kept_kinds(config: IngestConfig) -> dict[str, str]:
+    """Name -> type of the columns that a table of text keeps."""
+    return {name: kind or "string" for name, kind in parse_kept(config.keep_columns).items()}
+
+
+def say_columns(planned: list[Part]) -> None:
+    """Log which column of the tables holds what, and which are not read."""
+    tables = {part.uri: part for part in planned if part.columns is not None}
+    for said, count in Counter(_use_of(part) for part in tables.values()).items():
+        first = next(part.name for part in tables.values() if _use_of(part) == said)
+        logger.info("ingest: %s%s: %s", first, f" and {count - 1} more" if count > 1 else "", said)
+
+
+def _use_of(part: Part) -> str:
+    columns = part.columns
+    assert columns is not None, "the caller looked"
+    used = ", ".join(what if what == name else f"{what} from {name}" for what, name in columns.used().items())
+    kept = f"; kept: {', '.join(columns.kept)}" if columns.kept else ""
+    unread = [name for name in [*part.header, *part.folders] if name not in columns.names()]
+    more = f" and {len(unread) - SAID_COLUMNS} more" if len(unread) > SAID_COLUMNS else ""
+    rest = f"; not read: {', '.join(unread[:SAID_COLUMNS])}{more} (--keep-columns keeps them)" if unread else ""
+    none = "" if columns.caption else "; there is no caption column, so these are pictures without captions"
+    return f"{used}{kept}{rest}{none}"
+
+
+SAID_COLUMNS = 20
 
 
 def record_of(row: Mapping[str, Any], part: Part, number: int, config: IngestConfig, pictures: Pictures) -> Record:
@@ -80,20 +130,65 @@ def record_of(row: Mapping[str, Any], part: Part, number: int, config: IngestCon
     """
     columns = part.columns
     assert columns is not None, "tables are planned with their columns"
+    if part.folders:
+        row = {**part.folders, **row}
     image_cell = _cell(row, "image", columns, config)
-    key = f"{part.name}/{_row_name(image_cell, number)}"
+    key = f"{part.name}/{_row_name(image_cell, part.uri, number)}"
+    source_id = None
     try:
-        modality, label, license_name = (
-            clean_text(_cell(row, what, columns, config)) for what in ("modality", "label", "license")
+        source_id = clean_text(_cell(row, "id", columns, config), "the id")
+        if source_id is None and columns.id is not None:
+            raise RowFaultError("no id", f"column {columns.id!r} is empty")
+        group_id, dataset, modality, license_name = (
+            clean_text(_cell(row, what, columns, config), f"the {what}")
+            for what in ("group", "dataset", "modality", "license")
         )
-        if not is_kept((label,) if label else (), None, license_name, config):
+        if group_id is None and columns.group is not None:
+            raise RowFaultError(
+                "no group", f"column {columns.group!r} is empty, so that its split may be that of others"
+            )
+        labels = clean_labels(_cell(row, "label", columns, config), config.label_separator)
+        if not is_kept(labels, None, license_name, config):
             return Record(key, filtered=True)
         captions = clean_captions(_cell(row, "caption", columns, config))
         split = clean_split(_cell(row, "split", columns, config))
+        kept = kept_cells(row, part.kept)
         image = _image_bytes(image_cell, part, config, pictures)
     except RowFaultError as fault:
-        return Record(key, reason=fault.reason, detail=f"row {number + 1}: {fault.detail}")
-    return Record(key, image, captions, modality, label, license_name, split)
+        detail = f"row {number + 1}: {fault.detail}"
+        return Record(key, source_id=source_id, row=number + 1, reason=fault.reason, detail=detail)
+    return Record(
+        key,
+        image,
+        captions,
+        modality,
+        labels,
+        dataset or config.dataset,
+        group_id,
+        source_id,
+        license_name,
+        split,
+        number + 1,
+        kept,
+    )
+
+
+def kept_cells(row: Mapping[str, Any], kept: Mapping[str, str]) -> dict[str, Any]:
+    """The cells of the columns to keep, as values of their types.
+
+    Raises:
+        RowFaultError: One is no such value.
+    """
+    found = {}
+    for name, kind in kept.items():
+        try:
+            found[name] = kept_value(row.get(name), kind)
+        except (ValueError, TypeError, ArithmeticError) as error:
+            shown = repr(row.get(name))[:80]
+            raise RowFaultError(
+                "unfitting cell", f"column {name!r} holds {shown}, which is no {kind} ({error})"
+            ) from error
+    return found
 
 
 def _cell(row: Mapping[str, Any], what: str, columns: Columns, config: IngestConfig) -> Any:
@@ -104,14 +199,19 @@ def _cell(row: Mapping[str, Any], what: str, columns: Columns, config: IngestCon
     return None if name is None else row.get(name)
 
 
-def _row_name(cell: Any, number: int) -> str:
-    """What names a row in its source key: the image's path if it is relative, else its file name, else the row."""
+def _row_name(cell: Any, table: str, number: int) -> str:
+    """What names a row in its source key: where its image lies below the table, else its whole path, else the row.
+
+    A table that is copied with its images so has the same keys elsewhere, also where its paths are absolute.
+    """
     if isinstance(cell, dict):
-        cell = base_name(cell["path"]) if isinstance(cell.get("path"), str) else None
+        cell = cell.get("path")
     path = clean_text(cell) if isinstance(cell, str) else None
     if path is None:
         return f"#{number}"
-    return base_name(path) if "://" in path or path.startswith("/") else unsigned(path)
+    path, folder = unsigned(path), f"{unsigned(table).rpartition('/')[0]}/"
+    path = path.removeprefix(folder)
+    return path.rpartition("://")[2].lstrip("/") or f"#{number}"
 
 
 def _image_bytes(cell: Any, part: Part, config: IngestConfig, pictures: Pictures) -> bytes:
@@ -123,6 +223,9 @@ def _image_bytes(cell: Any, part: Part, config: IngestConfig, pictures: Pictures
         if len(cell) > limits.max_file_mib << 20:
             raise RowFaultError("file too large", f"{len(cell)} bytes; the limit is {limits.max_file_mib} MiB")
         return cell
+    if not isinstance(cell, str) and not isinstance(path, str) and cell is not None and cell == cell:  # not NaN
+        kind = type(cell).__name__
+        raise RowFaultError("no image", f"the image cell holds a {kind}, where a path, bytes or both were expected")
     path = clean_text(cell if isinstance(cell, str) else path)
     if path is None:
         raise RowFaultError("no image", "the image cell is empty")

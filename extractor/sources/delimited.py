@@ -16,8 +16,8 @@ from common.errors import SourceError
 from common.logs import logger
 from common.storage_errors import without_secrets
 from extractor.config import IngestConfig
-from extractor.sources.addresses import Pictures, base_name
-from extractor.sources.columns import choose_columns, record_of
+from extractor.sources.addresses import Pictures, SourceFile
+from extractor.sources.columns import choose_columns, kept_kinds, record_of
 from extractor.sources.lines import Line, open_lines, plan_lines
 from extractor.sources.record import Part, Record, RowFaultError, decode_utf8
 
@@ -25,12 +25,13 @@ DELIMITERS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
 _QUOTED_CELL = re.compile(rb'"[^"]*(?:""[^"]*)*"')
 
 
-def parts(uri: str, config: IngestConfig) -> list[Part]:
+def parts(file: SourceFile, config: IngestConfig) -> list[Part]:
     """Plan one part per ``ROWS_PER_PART`` rows; the delimiter is the one the header line has most of.
 
     Raises:
         SourceError: The file is empty or not text, its header cannot be read, or a column is missing.
     """
+    uri = file.uri
     with open_lines(uri) as lines:
         behind, line = next(lines, (0, b""))
     try:
@@ -50,13 +51,32 @@ def parts(uri: str, config: IngestConfig) -> list[Part]:
             "header on one line, such as filepath,title. If quotes are ordinary characters in this table, say "
             "--no-quotes."
         ) from error
-    columns = choose_columns(header, config, uri)
+    twins = sorted({name for name in header if header.count(name) > 1})
+    if twins:
+        raise SourceError(
+            f"The header of {without_secrets(uri)} has several columns called {', '.join(map(repr, twins))}, and "
+            "nothing says which is meant. Give each column a name of its own."
+        )
+    columns = choose_columns(header, config, uri, file.folders)
 
     def rows(lines: Iterator[Line]) -> Iterator[int]:
         return (offset for offset, _, _ in _rows(lines, delimiter, quotes))
 
     return [
-        Part("csv", uri, base_name(uri), begin, end, first, columns, header, delimiter, quotes)
+        Part(
+            "csv",
+            uri,
+            file.name,
+            begin,
+            end,
+            first,
+            columns,
+            kept_kinds(config),
+            file.folders,
+            header,
+            delimiter,
+            quotes,
+        )
         for begin, end, first in plan_lines(uri, behind, rows)
     ]
 
@@ -71,7 +91,8 @@ def read(part: Part, config: IngestConfig) -> Iterator[Record]:
             if not fault and len(cells) != len(part.header):
                 fault = f"{len(cells)} cells, the header has {len(part.header)}"
             if fault:
-                yield Record(f"{part.name}/#{number}", reason="malformed row", detail=f"row {number + 1}: {fault}")
+                detail = f"row {number + 1}: {fault}"
+                yield Record(f"{part.name}/#{number}", row=number + 1, reason="malformed row", detail=detail)
             else:
                 yield record_of(dict(zip(part.header, cells, strict=True)), part, number, config, pictures)
 

@@ -14,7 +14,8 @@ from typing import Any
 from common.errors import SourceError
 from common.storage_errors import without_secrets
 from extractor.config import IngestConfig
-from extractor.sources.addresses import Pictures, base_name, image_address
+from extractor.sources.addresses import Pictures, SourceFile, image_address
+from extractor.sources.columns import kept_cells, kept_kinds
 from extractor.sources.lines import open_lines, plan_lines
 from extractor.sources.record import (
     Part,
@@ -33,13 +34,13 @@ KEYS = ("id", "folderid", "imgpath", "txt")
 """Without these a line cannot be read."""
 
 
-def parts(uri: str, config: IngestConfig) -> list[Part]:
+def parts(file: SourceFile, config: IngestConfig) -> list[Part]:
     """Plan one part per few hundred lines.
 
     Raises:
         SourceError: The first line is not one of this layout.
     """
-    del config
+    uri = file.uri
     with open_lines(uri) as lines:
         first = next((line for _, line in lines), b"")
     missing = [key for key in KEYS if key not in parse_line(first)]
@@ -49,7 +50,8 @@ def parts(uri: str, config: IngestConfig) -> list[Part]:
             f"{', '.join(missing)}. Expected lines such as "
             '{"id": "0bcd...", "folderid": "data_1", "imgpath": "features/...jpg", "txt": "..."}.'
         )
-    return [Part(KIND, uri, base_name(uri), begin, end, first_row) for begin, end, first_row in plan_lines(uri)]
+    kept = kept_kinds(config)
+    return [Part(KIND, uri, file.name, begin, end, first_row, kept=kept) for begin, end, first_row in plan_lines(uri)]
 
 
 def read(part: Part, config: IngestConfig) -> Iterator[Record]:
@@ -60,9 +62,10 @@ def read(part: Part, config: IngestConfig) -> Iterator[Record]:
             row = parse_line(line)
             key = f"{part.name}/{row_key(row) or f'#{number}'}"
             try:
-                yield _record(row, key, part, config, pictures)
+                yield _record(row, key, number + 1, part, config, pictures)
             except RowFaultError as fault:
-                yield Record(key, reason=fault.reason, detail=f"row {number + 1}: {fault.detail}")
+                detail = f"row {number + 1}: {fault.detail}"
+                yield Record(key, row=number + 1, reason=fault.reason, detail=detail)
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
@@ -82,7 +85,7 @@ def row_key(row: dict[str, Any]) -> str | None:
     return "/".join(str(name) for name in names)
 
 
-def _record(row: dict[str, Any], key: str, part: Part, config: IngestConfig, pictures: Pictures) -> Record:
+def _record(row: dict[str, Any], key: str, number: int, part: Part, config: IngestConfig, pictures: Pictures) -> Record:
     if row_key(row) is None:
         raise RowFaultError("malformed line", "no JSON object with plain names for id and folderid")
     metadata = _metadata(row, part, pictures)
@@ -95,7 +98,16 @@ def _record(row: dict[str, Any], key: str, part: Part, config: IngestConfig, pic
     if path is None:
         raise RowFaultError("no image", "imgpath is empty")
     image = pictures.read(image_address(part.uri, path))
-    return Record(key, image, captions, modality=modality_of(primary, secondary), license=license_name)
+    return Record(
+        key,
+        image,
+        captions,
+        modality=modality_of(primary, secondary),
+        dataset=config.dataset,
+        license=license_name,
+        row=number,
+        kept=kept_cells(row, part.kept),
+    )
 
 
 def _metadata(row: dict[str, Any], part: Part, pictures: Pictures) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import codecs
-from dataclasses import dataclass
+import datetime
+import math
+from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from extractor.config import IngestConfig
@@ -21,16 +24,25 @@ class Columns:
     """Which columns of a table hold what; None where the table has no such column."""
 
     image: str
-    caption: str
+    caption: str | None = None
     modality: str | None = None
     label: str | None = None
     license: str | None = None
     split: str | None = None
+    dataset: str | None = None
+    id: str | None = None
+    group: str | None = None
+    kept: tuple[str, ...] = ()
+    """Those that are kept as they are."""
+
+    def used(self) -> dict[str, str]:
+        """What -> its column, for those that exist."""
+        named = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "kept"}
+        return {what: name for what, name in named.items() if name is not None}
 
     def names(self) -> list[str]:
-        """The columns that exist."""
-        found = (self.image, self.caption, self.modality, self.label, self.license, self.split)
-        return [name for name in found if name is not None]
+        """The columns that are read, each once."""
+        return list(dict.fromkeys([*self.used().values(), *self.kept]))
 
 
 @dataclass(frozen=True)
@@ -40,12 +52,16 @@ class Part:
     Attributes:
         kind: Key of ``extractor.sources.SOURCES``.
         uri: The file.
-        name: The file's base name, which begins every source key: the same on any machine.
+        name: Where the file lies below what the user named, or its base name: begins every source key, and is the same
+            on any machine.
         begin: First byte (text tables; 0 is the whole table, its header too) or row group (Parquet).
         end: One past the last; None reads to the end.
         first_row: Number of the first row within the file, from 0.
         columns: For tables, what is where.
-        header: For delimited text, the names of all columns in order.
+        kept: Name -> type of the columns to keep, as :mod:`common.kept_columns` has them.
+        folders: Key -> value of the folders' names (``split=test/``) between what the user named and the file: as good
+            as columns.
+        header: The names of all columns in order; for JSON Lines, those that were seen in planning.
         delimiter: For delimited text, what stands between cells.
         quotes: For delimited text, whether cells may be quoted; otherwise quotes are characters like any other.
     """
@@ -57,6 +73,8 @@ class Part:
     end: int | None = None
     first_row: int = 0
     columns: Columns | None = None
+    kept: dict[str, str] = field(default_factory=dict)
+    folders: dict[str, str] = field(default_factory=dict)
     header: tuple[str, ...] = ()
     delimiter: str = ","
     quotes: bool = True
@@ -64,24 +82,37 @@ class Part:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Part:
         """The inverse of ``asdict``, also after a journey through JSON."""
-        columns = value["columns"] and Columns(**value["columns"])
+        columns = value["columns"]
+        columns = columns and Columns(**{**columns, "kept": tuple(columns["kept"])})
         return cls(**{**value, "columns": columns, "header": tuple(value["header"])})
 
 
 @dataclass(frozen=True)
 class Record:
-    """One input row: usable (``image`` and ``captions`` set), filtered out, or with a ``reason`` why it is neither.
+    """One input row: usable (``image`` set), filtered out, or with a ``reason`` why it is neither.
 
-    ``captions`` has the main caption first.
+    Attributes:
+        source_key: Names the row, the same on any machine.
+        captions: The main one first; a picture need not have any.
+        labels: Its classes.
+        group_id: What must not straddle splits.
+        source_id: The user's own name for it.
+        row: Its place in the file, from 1.
+        kept: Further columns, values of their types.
     """
 
     source_key: str
     image: bytes = b""
     captions: tuple[str, ...] = ()
     modality: str | None = None
-    label: str | None = None
+    labels: tuple[str, ...] = ()
+    dataset: str | None = None
+    group_id: str | None = None
+    source_id: str | None = None
     license: str | None = None
     split: str | None = None
+    row: int | None = None
+    kept: dict[str, Any] = field(default_factory=dict)
     filtered: bool = False
     reason: str | None = None
     detail: str = ""
@@ -124,38 +155,61 @@ def decode_utf8(data: bytes) -> str:
     return text
 
 
-def clean_text(value: Any) -> str | None:
+def clean_text(value: Any, what: str = "the cell") -> str | None:
     """A cell as text that any Arrow reader accepts, without surrounding space; None for nothing.
 
     Lone surrogates and NUL characters, which come from damaged JSON and file names, become ``?``.
 
     Raises:
-        RowFaultError: It is bytes, as a Parquet file may hold, and they are no text.
+        RowFaultError: It is bytes that are no text, or of a type that is no text, number, truth, date or time.
     """
     if isinstance(value, bytes):
         value = decode_text(value)
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN is how pandas writes an empty cell
         return None
-    if value != value:  # NaN is how pandas writes an empty cell
-        return None
+    if isinstance(value, bool):
+        value = str(value).lower()
+    elif isinstance(value, datetime.date | datetime.time):
+        value = value.isoformat()
+    elif not isinstance(value, str | int | float | Decimal):
+        raise RowFaultError("unreadable cell", f"{what} holds a {type(value).__name__}, where a text was expected")
     text = str(value).encode("utf-8", "replace").decode("utf-8").replace("\0", "?").strip()
     return text or None
 
 
-def clean_captions(value: Any) -> tuple[str, ...]:
-    """A caption cell (text or a list of texts) as distinct non-empty captions in order.
+def clean_texts(value: Any, what: str = "the cell") -> tuple[str, ...]:
+    """A cell that holds a text or a list of texts, as the distinct ones that say something, in order.
 
     Raises:
-        RowFaultError: There is none, or one is longer than ``MAX_CAPTION_CHARS``.
+        RowFaultError: See :func:`clean_text`.
     """
     cells = value if isinstance(value, list | tuple) else [value]
-    captions = tuple(dict.fromkeys(text for text in map(clean_text, cells) if text))
-    if not captions:
-        raise RowFaultError("no caption", "the caption is missing or empty")
-    longest = max(map(len, captions))
+    return tuple(dict.fromkeys(text for text in (clean_text(cell, what) for cell in cells) if text))
+
+
+def clean_captions(value: Any) -> tuple[str, ...]:
+    """A caption cell (text or a list of texts) as distinct captions in order; none where it is empty.
+
+    Raises:
+        RowFaultError: One is longer than ``MAX_CAPTION_CHARS``, or of a type that is no text.
+    """
+    captions = clean_texts(value, "the caption")
+    longest = max(map(len, captions), default=0)
     if longest > MAX_CAPTION_CHARS:
         raise RowFaultError("caption too long", f"{longest} characters; the limit is {MAX_CAPTION_CHARS}")
     return captions
+
+
+def clean_labels(value: Any, separator: str | None = None) -> tuple[str, ...]:
+    """A label cell (text or a list of texts) as distinct labels in order; a separator divides each text.
+
+    Raises:
+        RowFaultError: One is of a type that is no text.
+    """
+    labels = clean_texts(value, "the label")
+    if separator is None:
+        return labels
+    return clean_texts([part for label in labels for part in label.split(separator)])
 
 
 def clean_split(value: Any) -> str | None:

@@ -26,16 +26,18 @@ from common.logs import logger
 from common.storage import Storage
 from common.storage_errors import explained
 from extractor.config import IngestConfig
-from extractor.sources.addresses import base_name
-from extractor.sources.columns import USUAL_NAMES
+from extractor.sources.addresses import SourceFile
+from extractor.sources.columns import USUAL_NAMES, kept_cells, kept_kinds
 from extractor.sources.record import (
     MAX_CAPTION_CHARS,
     Part,
     Record,
     RowFaultError,
     clean_captions,
+    clean_labels,
     clean_split,
     clean_text,
+    clean_texts,
     decode_text,
     is_kept,
 )
@@ -59,10 +61,9 @@ _MODALITIES = {
 _TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 
 
-def parts(uri: str, config: IngestConfig) -> list[Part]:
+def parts(file: SourceFile, config: IngestConfig) -> list[Part]:
     """One part per tar; nothing is opened."""
-    del config
-    return [Part("webdataset", uri, base_name(uri))]
+    return [Part("webdataset", file.uri, file.name, kept=kept_kinds(config), folders=file.folders)]
 
 
 def read(part: Part, config: IngestConfig) -> Iterator[Record]:
@@ -70,12 +71,12 @@ def read(part: Part, config: IngestConfig) -> Iterator[Record]:
     storage = Storage(part.uri)
     passed: Counter[str] = Counter()
     with explained(f"read {part.uri}"), storage.fs.open(storage.path(), "rb") as stream:
-        for key, members in _samples(stream, config.limits.max_file_mib << 20, passed):
+        for row, (key, members) in enumerate(_samples(stream, config.limits.max_file_mib << 20, passed), 1):
             source_key = f"{part.name}/{clean_text(key) or '?'}"
             try:
-                yield _record(source_key, members, config)
+                yield _record(source_key, row, members, part, config)
             except RowFaultError as fault:
-                yield Record(source_key, reason=fault.reason, detail=fault.detail)
+                yield Record(source_key, row=row, reason=fault.reason, detail=fault.detail)
     if passed:
         # A warning, because workers of a cluster say nothing less.
         logger.warning(
@@ -204,17 +205,21 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, max_
     return file.read()
 
 
-def _record(source_key: str, members: Members, config: IngestConfig) -> Record:
+def _record(source_key: str, row: int, members: Members, part: Part, config: IngestConfig) -> Record:
     for content in members.values():
         if isinstance(content, RowFaultError):
             raise content
-    metadata = _metadata(members.get("json"))
+    metadata = {**part.folders, **_metadata(members.get("json"))}
     primary, secondary = (texts(metadata.get(f"image_{which}_label")) for which in ("primary", "secondary"))
-    panel = clean_text(metadata.get("image_panel_type"))
-    license_name = clean_text(_lookup(metadata, "license", config))
-    label = clean_text(_lookup(metadata, "label", config))
-    labels = (*primary, *secondary, *((label,) if label else ()))
-    if not is_kept(labels, panel, license_name, config):
+    panel = clean_text(metadata.get("image_panel_type"), "image_panel_type")
+    license_name, dataset, group_id, source_id = (
+        clean_text(_lookup(metadata, what, config), f"the {what}") for what in ("license", "dataset", "group", "id")
+    )
+    for what, found in (("group", group_id), ("id", source_id)):
+        if found is None and getattr(config.columns, what) is not None:
+            raise RowFaultError(f"no {what}", f"the .json has no {getattr(config.columns, what)!r}")
+    labels = clean_labels(_lookup(metadata, "label", config), config.label_separator)
+    if not is_kept((*primary, *secondary, *labels), panel, license_name, config):
         return Record(source_key, filtered=True)
     image = next((members[kind] for kind in IMAGES if kind in members), None)
     if not isinstance(image, bytes):
@@ -225,10 +230,15 @@ def _record(source_key: str, members: Members, config: IngestConfig) -> Record:
         source_key,
         image,
         clean_captions(caption),
-        modality=modality_of(primary, secondary) or clean_text(_lookup(metadata, "modality", config)),
-        label=label,
+        modality=modality_of(primary, secondary) or clean_text(_lookup(metadata, "modality", config), "the modality"),
+        labels=labels,
+        dataset=dataset or config.dataset,
+        group_id=group_id,
+        source_id=source_id,
         license=license_name,
         split=clean_split(_lookup(metadata, "split", config)),
+        row=row,
+        kept=kept_cells(metadata, part.kept),
     )
 
 
@@ -251,8 +261,7 @@ def _lookup(metadata: dict[str, Any], what: str, config: IngestConfig) -> Any:
 
 def texts(value: Any) -> tuple[str, ...]:
     """A cell of BIOMEDICA's metadata, a text or a list of texts, as the texts that say something."""
-    cells = value if isinstance(value, list) else [value]
-    return tuple(text for text in map(clean_text, cells) if text)
+    return clean_texts(value, "BIOMEDICA's label")
 
 
 def modality_of(primary: tuple[str, ...], secondary: tuple[str, ...]) -> str | None:

@@ -12,7 +12,7 @@ from PIL import Image
 from common.errors import SourceError
 from common.lake import create_lake, open_lake
 from common.schemas import PAIRS, REJECTS, check_table
-from extractor.commit import commit, first_of_each, plan_shards
+from extractor.commit import commit, plan_shards
 from extractor.config import IngestConfig
 from extractor.ingest import describe, ingest
 from extractor.sources import plan_sources
@@ -93,15 +93,15 @@ def test_limits_and_settings_reach_the_decoder(source, tmp_path):
 def test_commit_drops_duplicates_also_of_earlier_ingests_and_starts_a_new_shard(source, tmp_path):
     lake = create_lake(str(tmp_path / "lake"), 3)
     staged = stage_all(lake, source, IngestConfig())
-    done = commit(lake, "id", staged, 3, HereOnly())
+    done = commit(lake, "id", staged, IngestConfig(shard_rows=3), {}, HereOnly())
     assert (done.pairs, done.duplicates, done.first_shard, done.shards) == (4, 1, 0, 2)
     captions = [lake.read_pairs(index)["captions"].to_pylist() for index in lake.files("pairs")]
     assert captions == [[["zero"], ["one"], ["other words"]], [["two"]]]
     (rejects,) = lake.storage.list_files("rejects/stage=ingest")
     assert lake.storage.read_table(f"rejects/stage=ingest/{rejects}").num_rows == 2
-    lake.storage.write_json("ingests/id.json", {"ingest_id": "id", "first_shard": 0, "shards": 2})
+    lake.storage.write_json("ingests/id.json", {"ingest_id": "id", "first_shard": 0, "shards": 2, "pairs": 4})
 
-    again = commit(lake, "other", staged_as(lake, "other", staged), 3, HereOnly())
+    again = commit(lake, "other", staged_as(lake, "other", staged), IngestConfig(shard_rows=3), {}, HereOnly())
     assert (again.pairs, again.duplicates, again.first_shard, again.shards) == (0, 5, 2, 0)
 
 
@@ -110,10 +110,10 @@ def test_shards_of_a_killed_ingest_are_removed_and_foreign_ones_stay(source, tmp
     staged = stage_all(lake, source, IngestConfig())
     by_hand = pa.table({field.name: pa.array([], field.type) for field in PAIRS}, schema=PAIRS)
     lake.storage.write_table("pairs/shard-000000.parquet", by_hand)
-    commit(lake, "id", staged, 1, HereOnly())
+    commit(lake, "id", staged, IngestConfig(shard_rows=1), {}, HereOnly())
     assert lake.files("pairs") == [0, 1, 2, 3, 4]
     # "id" never wrote its manifest, so another ingest takes its place.
-    done = commit(lake, "other", staged_as(lake, "other", staged), 2, HereOnly())
+    done = commit(lake, "other", staged_as(lake, "other", staged), IngestConfig(shard_rows=2), {}, HereOnly())
     assert (done.first_shard, done.shards, lake.files("pairs")) == (1, 2, [0, 1, 2])
 
 
@@ -124,7 +124,7 @@ def test_while_an_ingest_is_staged_only_its_own_shards_do_not_count(source, tmp_
     staged = stage_all(lake, source, IngestConfig())
     assert lake.storage.list_folders("ingest"), "it is still staged"
     assert lake.shards() == list(lake.pair_marks()) == [0]
-    commit(lake, "id", staged, 1, HereOnly())
+    commit(lake, "id", staged, IngestConfig(shard_rows=1), {}, HereOnly())
     lake.storage.write_bytes("pairs/shard-000007.parquet", b"no Parquet: whoever reads it says so")
     assert lake.files("pairs") == [0, 1, 2, 3, 4, 7]
     assert lake.shards() == list(lake.pair_marks()) == [0, 7]
@@ -135,11 +135,11 @@ def test_while_an_ingest_is_staged_only_its_own_shards_do_not_count(source, tmp_
 def test_a_commit_that_was_killed_goes_on_and_ends_the_same(source, tmp_path):
     lake = create_lake(str(tmp_path / "lake"), 1)
     staged = stage_all(lake, source, IngestConfig())
-    whole = commit(lake, "id", staged, 1, HereOnly())
+    whole = commit(lake, "id", staged, IngestConfig(shard_rows=1), {}, HereOnly())
     files = {name: lake.storage.read_bytes(f"pairs/{name}") for name in lake.storage.list_files("pairs")}
     lake.storage.remove("pairs/shard-000002.parquet")
     again = HereOnly()
-    assert commit(lake, "id", staged, 1, again) == whole
+    assert commit(lake, "id", staged, IngestConfig(shard_rows=1), {}, again) == whole
     assert [item["shard"] for item in again.items] == [2], "only the missing shard is written again"
     assert {name: lake.storage.read_bytes(f"pairs/{name}") for name in lake.storage.list_files("pairs")} == files
 
@@ -174,12 +174,6 @@ def test_plan_cuts_kept_rows_in_order():
     assert plan_shards(files, keep, 4) == [[("a", 0, 1), ("a", 2, 1), ("c", 0, 2)], [("c", 3, 1)]]
     assert plan_shards(files, np.zeros(7, bool), 4) == []
     assert plan_shards([], np.zeros(0, bool), 4) == []
-
-
-def test_first_of_each_keeps_source_order():
-    digests = np.array([b"b", b"a", b"b", b"c", b"a"], "S16")
-    assert first_of_each(digests, np.array([], "S16")).tolist() == [True, True, False, True, False]
-    assert first_of_each(digests, np.array([b"a"], "S16")).tolist() == [True, False, False, True, False]
 
 
 def test_splits_follow_the_picture_and_the_fractions():

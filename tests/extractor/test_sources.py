@@ -1,6 +1,7 @@
 """Finding sources, and tables (JSONL, CSV, Parquet) as records, bad rows included."""
 
 import json
+from datetime import date
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,7 +12,15 @@ from common.storage_errors import without_secrets
 from extractor.config import IngestConfig
 from extractor.sources import SOURCES, lines, plan_sources, read_part
 from extractor.sources.addresses import EXTENSIONS, expand_braces, image_address
-from extractor.sources.record import MAX_CAPTION_CHARS, Part, RowFaultError, clean_captions, clean_text, is_kept
+from extractor.sources.record import (
+    MAX_CAPTION_CHARS,
+    Part,
+    RowFaultError,
+    clean_captions,
+    clean_labels,
+    clean_text,
+    is_kept,
+)
 
 PIXEL = b"\x89PNG the sources never look inside"
 
@@ -47,7 +56,7 @@ def test_braces_globs_folders_and_lists_of_files(tmp_path):
     assert names("x-{002,000}.jsonl") == ["x-002.jsonl", "x-000.jsonl"]
     assert names("x-*.jsonl") == ["x-000.jsonl", "x-001.jsonl", "x-002.jsonl"]
     assert names("x-001.jsonl", "x-000.jsonl") == ["x-001.jsonl", "x-000.jsonl"]
-    assert names("") == ["y.jsonl", "x-000.jsonl", "x-001.jsonl", "x-002.jsonl"]
+    assert names("") == ["deep/y.jsonl", "x-000.jsonl", "x-001.jsonl", "x-002.jsonl"]
     assert expand_braces("{a,b}{1..2}") == ["a1", "a2", "b1", "b2"]
     for bad in ("x-{000}.jsonl", "x-{5..1}.jsonl"):
         with pytest.raises(SourceError, match="neither a rising range"):
@@ -107,7 +116,7 @@ def test_jsonl_rows_become_records_and_bad_rows_have_reasons(folder):
         "{not json",
         "[1]",
         {"image": "images/absent.png", "captions": "c"},
-        {"image": "images/b.png", "captions": ["", None]},
+        {"image": "images/b.png", "captions": ["", {"text": "c"}]},
         {"image": "images/b.png", "captions": "x" * (MAX_CAPTION_CHARS + 1)},
         {"image": None, "captions": "c"},
         {"image": "images", "captions": "c"},
@@ -120,13 +129,20 @@ def test_jsonl_rows_become_records_and_bad_rows_have_reasons(folder):
     assert first.source_key == "p.jsonl/images/a.png"
     assert first.image == PIXEL + b"a.png"
     assert first.captions == ("first", "second")
-    assert (first.modality, first.label, first.license, first.split) == ("CT", "3", "CC BY 4.0", "val")
+    assert (first.modality, first.labels, first.license, first.split, first.row) == (
+        "CT",
+        ("3",),
+        "CC BY 4.0",
+        "val",
+        1,
+    )
     assert [record.reason for record in bad] == [
-        *("malformed line", "malformed line", "image not found", "no caption", "caption too long", "no image"),
+        *("malformed line", "malformed line", "image not found", "unreadable cell", "caption too long", "no image"),
         *("image not readable", "image not readable", "image not readable", "unknown split"),
     ]
     assert "row 2" in bad[0].detail
-    assert last.source_key == "p.jsonl/with space é.png", "an absolute path would differ on another machine"
+    assert [record.row for record in bad] == list(range(2, 12))
+    assert last.source_key == "p.jsonl/images/with space é.png", "an absolute path would differ on another machine"
     assert last.captions == ("lone ? surrogate",)
     assert not last.reason
 
@@ -178,7 +194,7 @@ def test_parquet_with_bytes_structs_and_paths(folder):
     assert found[0].source_key == "bytes.parquet/#0"
     found = read(folder / "structs.parquet")
     assert [(r.image, r.reason) for r in found] == [(PIXEL, None), (PIXEL + b"b.png", None), (b"", "no image")]
-    assert found[0].source_key == "structs.parquet/1.png"
+    assert [r.source_key for r in found[:2]] == ["structs.parquet/home/me/1.png", "structs.parquet/images/b.png"]
     assert read(folder / "paths.parquet")[0].image == PIXEL + b"a.png"
 
 
@@ -215,10 +231,15 @@ def test_filters_count_and_do_not_read_the_image(folder):
 
 def test_cells_are_cleaned():
     assert clean_text("  a\0b ") == "a?b"
-    assert [clean_text(value) for value in (None, "", "  ", float("nan"), True, {"a": 1})] == [None] * 6
+    assert [clean_text(value) for value in (None, "", "  ", float("nan"))] == [None] * 4
+    assert [clean_text(value) for value in (True, 3, 2.5, date(2024, 2, 1))] == ["true", "3", "2.5", "2024-02-01"]
     assert clean_captions(["a", 5, "a"]) == ("a", "5")
-    with pytest.raises(RowFaultError):
-        clean_captions({"en": "a"})
+    assert clean_captions(None) == clean_captions(["", None]) == ()
+    for odd in ({"en": "a"}, [["a"]], ["a", {"b": 1}]):
+        with pytest.raises(RowFaultError, match="the caption holds a (dict|list)"):
+            clean_captions(odd)
+    assert clean_labels("mass| nodule|mass|", "|") == ("mass", "nodule")
+    assert clean_labels(["a|b", 3]) == ("a|b", "3")
 
 
 def test_addresses_are_joined_and_shown_without_secrets():

@@ -26,7 +26,7 @@ def read(*sources, **settings):
 
 
 def captions(records):
-    return [record.captions[0] if not record.reason else record.reason for record in records]
+    return [record.reason or (record.captions[0] if record.captions else None) for record in records]
 
 
 @pytest.fixture
@@ -144,8 +144,8 @@ def test_reported_keys_that_come_late_are_read(shared_data, tmp_path):
     subprocess.run([sys.executable, str(make)], cwd=tmp_path, check=True)
     records = read(tmp_path / "pairs.jsonl")
     assert len(records) == 104
-    assert {(r.label, r.split, r.modality) for r in records[:100]} == {(None, None, None)}
-    assert {(r.label, r.split, r.modality) for r in records[100:]} == {("effusion", "test", "radiograph")}
+    assert {(r.labels, r.split, r.modality) for r in records[:100]} == {((), None, None)}
+    assert {(r.labels, r.split, r.modality) for r in records[100:]} == {(("effusion",), "test", "radiograph")}
 
 
 def test_each_row_is_read_by_its_own_keys(folder):
@@ -153,14 +153,14 @@ def test_each_row_is_read_by_its_own_keys(folder):
     rows += [{"image": "i1.png", "title": "by another name"}, {"filepath": "i2.png", "caption": "c", "licence": "CC0"}]
     rows += [{"image": "i3.png", "caption": None, "split": "val"}, {"image": "i3.png"}]
     records = read(write(folder / "p.jsonl", *map(json.dumps, rows)))
-    assert captions(records) == [*["first"] * 150, "by another name", "c", "no caption", "no caption"]
+    assert captions(records) == [*["first"] * 150, "by another name", "c", None, None]
     assert records[151].license == "CC0"
 
 
 def test_a_column_that_is_asked_for_may_come_late_but_must_come(folder):
     rows = [json.dumps({"image": "i0.png", "caption": f"c{i}"}) for i in range(300)]
     late = write(folder / "p.jsonl", *rows, json.dumps({"image": "i1.png", "caption": "c", "finding": "edema"}))
-    assert read(late, columns={"label": "finding"})[-1].label == "edema"
+    assert read(late, columns={"label": "finding"})[-1].labels == ("edema",)
     with pytest.raises(SourceError, match=r"no column 'findings'.*image, caption, finding"):
         read(late, columns={"label": "findings"})
     first = write(folder / "q.jsonl", *["not an object"] * 200, json.dumps({"image": "i1.png", "caption": "c"}))
@@ -245,7 +245,7 @@ def test_a_packed_table_is_unpacked_once_and_never_held_whole(folder, name, monk
         _, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert [record.label for record in kept] == [str(rows - 1)]
+    assert [record.labels for record in kept] == [(str(rows - 1),)]
     assert most < 4 << 20, "of a table of 8 MB"
 
 
