@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from common.errors import SourceError, StorageError
 from common.logs import logger
@@ -195,7 +195,12 @@ def identity_of(uri: str) -> list[object]:
 
 
 def image_address(manifest: str, cell: str) -> str:
-    """Where an image cell points: itself if absolute or a URI, else relative to the manifest's folder."""
+    """Where an image cell points: itself if absolute or a URI, else relative to the manifest's folder.
+
+    A ``file://`` address is the path it stands for: what is written with a percent sign there has another name on disk.
+    """
+    if cell.lower().startswith("file://"):
+        return unquote(urlsplit(cell).path)
     if "://" in cell or cell.startswith("/"):
         return cell
     if _WEB.match(manifest):

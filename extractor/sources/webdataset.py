@@ -5,7 +5,9 @@ first dot, so that ``g.seg.png`` is another picture of sample ``g``: one that is
 ``g`` is passed over.
 
 A tar is read as a stream and nothing is written to disk, so a member's name is only a key, whatever it says. Members
-of other kinds (``.pickle``, ``.pyd``, links, devices) are passed over unread, and counted in the log.
+of other kinds (``.pickle``, ``.pyd``, devices) are passed over unread, and counted in the log. Links are rejects: what
+they point to may lie behind, and a stream goes forward only. Several tars in one file, as ``cat`` leaves them, are read
+to the last.
 
 BIOMEDICA's ``.json`` gives the modality, the labels to filter by, the panel type and the licence. Its primary labels
 "Clinical Imaging" and "Microscopy" are umbrellas (CT and endoscopy are both the former), so the modality is the first
@@ -14,6 +16,9 @@ secondary label there and the primary label elsewhere, in lower case, with the n
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
 import json
 import lzma
 import tarfile
@@ -50,7 +55,7 @@ MAX_RULES = 64
 """Kinds of members passed over that are told apart: a tar may hold a million extensions."""
 MAX_JSON_BYTES = 64 << 20  # BIOMEDICA's hold whole articles
 READ_BYTES = 1 << 16
-"""At once, about a picture: of less it is put together from pieces, of more what is left over is copied each time."""
+"""At once, of what is packed or passed over."""
 _UMBRELLAS = ("clinical imaging", "microscopy")
 _MODALITIES = {
     "computerized tomography": "CT",
@@ -58,7 +63,7 @@ _MODALITIES = {
     "magnetic resonance imaging": "MRI",
     "x-ray radiography": "X-ray",
 }
-_TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, zlib.error, lzma.LZMAError)
+_TAR_ERRORS = (tarfile.TarError, EOFError, ValueError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 
 
 def parts(file: SourceFile, config: IngestConfig) -> list[Part]:
@@ -96,21 +101,18 @@ def _samples(stream: Any, max_bytes: int, passed: Counter[str]) -> Iterator[tupl
     window = _Window(passed)
     name = ""
     try:
-        with tarfile.open(fileobj=stream, mode="r|*", bufsize=READ_BYTES) as tar:
-            for member in tar:
-                # Streaming keeps every header it has seen; a tar of a million members would fill the memory.
-                tar.members = []  # type: ignore[attr-defined]  # there since ever, missing in the stubs
-                name = member.name
-                rule = _unusable(member)
-                if rule is not None:
-                    if not member.isdir():
-                        passed[rule if rule in passed or len(passed) < MAX_RULES else "others"] += 1
-                    continue
-                key, extension = _split_name(name)
-                yield from window.make_room(key, extension)
-                members = window.open[key]
-                members[extension] = RowFaultError("truncated tar", f"the tar ends within {name}")
-                members[extension] = _content(tar, member, extension, max_bytes)
+        for tar, member in _members(_unpacked(stream)):
+            name = member.name
+            rule = _unusable(member)
+            if rule is not None:
+                if not member.isdir():
+                    passed[rule if rule in passed or len(passed) < MAX_RULES else "others"] += 1
+                continue
+            key, extension = _split_name(name)
+            yield from window.make_room(key, extension)
+            members = window.open[key]
+            members[extension] = RowFaultError("truncated tar", f"the tar ends within {name}")
+            members[extension] = _content(tar, member, extension, max_bytes)
     except _TAR_ERRORS as error:
         said = any(
             isinstance(content, RowFaultError) and content.reason == "truncated tar"
@@ -122,6 +124,101 @@ def _samples(stream: Any, max_bytes: int, passed: Counter[str]) -> Iterator[tupl
             fault = RowFaultError("truncated tar", f"{type(error).__name__} behind member {name!r}: {error}")
             yield "(rest of the tar)", {"jpg": fault}
     yield from window.close()
+
+
+def _unpacked(stream: Any) -> Any:
+    """The file's bytes, unpacked if they are packed; also where several packed files were put one behind the other."""
+    head = _read_fully(stream, 6)
+    whole = _Joined(head, stream)
+    if head.startswith(b"\x1f\x8b"):
+        return gzip.GzipFile(fileobj=io.BufferedReader(whole, READ_BYTES))
+    if head.startswith(b"BZh"):
+        return bz2.BZ2File(io.BufferedReader(whole, READ_BYTES))
+    if head.startswith(b"\xfd7zXZ\0"):
+        return lzma.LZMAFile(io.BufferedReader(whole, READ_BYTES))
+    return whole
+
+
+def _members(stream: Any) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """The members of all tars that were put one behind the other.
+
+    Raises:
+        tarfile.ReadError: A header is damaged, or the file breaks off.
+    """
+    first = _read_block(stream)
+    while first:
+        forward: Any = _Forward(first, stream)  # it has what tarfile calls, not all that a file has
+        with tarfile.open(fileobj=forward, mode="r:") as tar:
+            for member in tar:
+                # Streaming keeps every header it has seen; a tar of a million members would fill the memory.
+                tar.members = []
+                yield tar, member
+        # tarfile takes any header that it cannot read for the end.
+        if forward.last.strip(b"\0"):
+            raise tarfile.ReadError("a damaged header")
+        first = _read_block(stream)
+        while first and not first.strip(b"\0"):
+            first = _read_block(stream)
+
+
+def _read_block(stream: Any) -> bytes:
+    return _read_fully(stream, tarfile.BLOCKSIZE)
+
+
+def _read_fully(stream: Any, size: int) -> bytes:
+    pieces = []
+    while size and (piece := stream.read(size)):
+        pieces.append(piece)
+        size -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+class _Joined(io.RawIOBase):
+    """Some bytes, and the stream they were taken from."""
+
+    def __init__(self, head: bytes, stream: Any) -> None:
+        self._head, self._stream = head, stream
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        if self._head:
+            piece, self._head = self._head[:size], self._head[size:]
+            return piece
+        return bytes(self._stream.read(size))
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self.read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+class _Forward:
+    """A stream as tarfile reads a file: it only ever goes forward, and nothing is read ahead.
+
+    Attributes:
+        last: What was read last.
+    """
+
+    def __init__(self, head: bytes, stream: Any) -> None:
+        self._head, self._stream = head, stream
+        self._place = 0
+        self.last = b""
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, place: int) -> int:
+        while self._place < place and self.read(min(place - self._place, READ_BYTES)):
+            pass
+        return self._place
+
+    def read(self, size: int) -> bytes:
+        head, self._head = self._head[:size], self._head[size:]
+        self.last = head + _read_fully(self._stream, size - len(head)) if len(head) < size else head
+        self._place += len(self.last)
+        return self.last
 
 
 class _Window:
@@ -171,8 +268,9 @@ def _is_whole(members: Members) -> bool:
 
 def _unusable(member: tarfile.TarInfo) -> str | None:
     """By what rule a member is passed over; None if it belongs to a sample."""
-    if not member.isreg():
-        return "links" if member.issym() or member.islnk() else "devices and the like"
+    is_link = member.issym() or member.islnk()
+    if not member.isreg() and not is_link:
+        return "devices and the like"
     file = member.name.rpartition("/")[2]
     if file.startswith("."):
         return "hidden files"
@@ -196,6 +294,9 @@ def _root(key: str) -> str:
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, max_bytes: int) -> bytes | RowFaultError:
+    if not member.isreg():  # the file may be anywhere, or in no tar at all
+        said = f"{member.name} is a link to {member.linkname!r}; store the file itself (tar --hard-dereference -h)"
+        return RowFaultError("link in the tar", said)
     limit = {"txt": 8 * MAX_CAPTION_CHARS, "json": MAX_JSON_BYTES}.get(extension, max_bytes)
     if member.size > limit:
         reason = "caption too long" if extension == "txt" else "file too large"

@@ -246,6 +246,8 @@ def test_addresses_are_joined_and_shown_without_secrets():
     assert image_address("s3://b/set/p.jsonl", "../other/1.png") == "s3://b/other/1.png"
     assert image_address("/data/p.jsonl", "i/1.png") == "/data/i/1.png"
     assert image_address("s3://b/p.jsonl", "https://host/1.png") == "https://host/1.png"
+    assert image_address("/data/p.jsonl", "file:///my%20data/50%25.png") == "/my data/50%.png"
+    assert image_address("s3://b/p.jsonl", "file://localhost/data/1.png") == "/data/1.png"
     assert without_secrets("https://me:secret@host/1.png?X-Amz-Signature=abc") == "https://host/1.png"
     assert without_secrets("/data/odd?name@x.png") == "/data/odd?name@x.png"
 

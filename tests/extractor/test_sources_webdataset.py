@@ -98,7 +98,8 @@ def test_hostile_names_are_only_keys_and_pickles_stay_closed(tmp_path, monkeypat
     assert [(r.source_key, r.reason, r.image) for r in records] == [
         ("evil.tar/../../escape", None, b"one"),
         ("evil.tar//etc/absolute", None, b"two"),
-        ("evil.tar/link", "no image", b""),
+        ("evil.tar/link", "link in the tar", b""),
+        ("evil.tar/hard", "link in the tar", b""),
         ("evil.tar/lone?", None, b"three"),
     ]
 
@@ -114,6 +115,27 @@ def test_a_tar_that_breaks_off_keeps_what_came_before(tmp_path, name, mode):
     records = read(tar)
     assert [record.reason for record in records[:3]] == [None] * 3
     assert [record.reason for record in records[3:]] == ["truncated tar"]
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_tars_one_behind_the_other_are_read_to_the_last(tmp_path, mode):
+    whole = b""
+    for index in range(40):
+        tar = write_tar(tmp_path / "one.tar", [(f"{index}.jpg", bytes([index]) * 700), (f"{index}.txt", b"c")], mode)
+        whole += tar.read_bytes()
+    (tmp_path / "all.tar").write_bytes(whole)
+    assert [record.image[:1] for record in read(tmp_path / "all.tar")] == [bytes([index]) for index in range(40)]
+
+
+def test_a_damaged_header_in_the_middle_is_told(tmp_path):
+    members = [(f"{i}.{kind}", b"x" * 500) for i in range(3) for kind in ("jpg", "txt")]
+    tar = write_tar(tmp_path / "a.tar", members)
+    data = bytearray(tar.read_bytes())
+    data[4 * 1024 : 4 * 1024 + 512] = b"\xff" * 512
+    tar.write_bytes(data)
+    records = read(tar)
+    assert [record.reason for record in records] == [None, None, "truncated tar"]
+    assert "damaged header" in records[-1].detail
 
 
 def test_what_is_not_a_tar_is_one_reject(tmp_path):
@@ -226,11 +248,15 @@ def test_members_that_are_passed_over_are_counted_by_rule_in_one_line(tmp_path, 
     members += [("fifo.jpg", (tarfile.FIFOTYPE, "")), ("folder.jpg", (tarfile.DIRTYPE, "")), ("b.\x1b[31m", b"x")]
     with caplog.at_level("WARNING", "mmkd"):
         records = read(write_tar(tmp_path / "a.tar", members))
-    assert [record.captions for record in records] == [("caption",)]
+    assert [record.captions for record in records if not record.reason] == [("caption",)]
+    assert [(r.reason, r.detail) for r in records if r.reason] == [
+        ("link in the tar", f"{name} is a link to 'a.jpg'; store the file itself (tar --hard-dereference -h)")
+        for name in ("l.jpg", "h.jpg")
+    ]
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith(
-        "ingest: a.tar: passed over 9 members that are no part of a sample: "
-        ".dcm 3, other names 2, links 2, hidden files 1, devices and the like 1."
+        "ingest: a.tar: passed over 7 members that are no part of a sample: "
+        ".dcm 3, other names 2, hidden files 1, devices and the like 1."
     )
     assert "last dot" in line
     assert "tiff" in line
