@@ -32,6 +32,7 @@ from common.storage_errors import without_secrets
 from extractor.commit import Committed, commit, insist_on_lease, manifest_name
 from extractor.config import FetchConfig, IngestConfig
 from extractor.duplicates import CONTRADICTS
+from extractor.retrying import find_rejects, strike_out
 from extractor.sources import plan_sources
 from extractor.sources.addresses import identity_of
 from extractor.sources.record import NOT_REACHABLE, Part
@@ -57,6 +58,8 @@ class IngestReport:
     merged: int = 0
     """Rows whose labels were added to those of a pair with the same picture and captions."""
     filtered: int = 0
+    retried: int = 0
+    """Rows that were in the ledger of earlier ingests, and are in this one's account now."""
     without_captions: int = 0
     """Of the pairs."""
     straddling: int = 0
@@ -76,6 +79,7 @@ def ingest(
     lake_uri: str,
     config: IngestConfig,
     session: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    retry_rejects: bool = False,
 ) -> IngestReport:
     """Bring one or more sources into a lake, creating it if need be.
 
@@ -85,6 +89,7 @@ def ingest(
         config: How sources become pairs.
         session: Context in which Ray is initialised, entered when there is work for several processes; by default it
             must be already.
+        retry_rejects: Read only those rows that earlier ingests rejected, see :mod:`extractor.retrying`.
 
     Raises:
         SourceError: A source is absent, lacks a column, gives not one usable pair, or names URLs of which more than
@@ -97,11 +102,17 @@ def ingest(
     sources = [source] if isinstance(source, str) else list(source)
     parts = plan_sources(sources, config)
     identity = describe(parts, config)
-    ingest_id = fingerprint(identity)
     kept = kept_by_all(parts)
     lake = create_lake(lake_uri, config.shard_rows, kept)
-    earlier = find_earlier(lake, ingest_id)
+    retry = find_rejects(lake, parts) if retry_rejects else None
+    if retry is not None:
+        parts, identity = retry.parts, {**identity, "retry": retry.identity}
+        logger.info("ingest: %d rows of these sources are in the ledger, and are tried again", len(retry.rows))
+    ingest_id = fingerprint(identity)
+    earlier = IngestReport(ingest_id, already_done=True) if not parts else find_earlier(lake, ingest_id)
     if earlier is not None:
+        if retry is not None:  # in case it was killed behind its last step but this
+            strike_out(lake, retry.rows, ingest_id)
         return earlier
     with hold(lake.storage, LEASE, run_name("ingest"), config.lease_seconds) as lease:
         earlier = find_earlier(lake, ingest_id)  # once more: another may have done it while this one waited
@@ -109,7 +120,8 @@ def ingest(
             return earlier
         with Workers(session) as workers:
             staged = stage(lake, ingest_id, parts, config, workers, lease)
-            insist_on_pairs(lake, ingest_id, sources, staged)
+            if retry is None:
+                insist_on_pairs(lake, ingest_id, sources, staged)
             insist_on_reach(sources, staged, config.fetch)
             try:
                 committed = commit(lake, ingest_id, staged, config, kept, workers, lease)
@@ -117,10 +129,13 @@ def ingest(
                 lake.storage.remove(staging_folder(ingest_id))
                 raise
         report = summarise(ingest_id, staged, committed)
+        report.retried = len(retry.rows) if retry is not None else 0
         report.seconds = time.monotonic() - started
         record = {**vars(report), "sources": [without_secrets(uri) for uri in sources], "fingerprint": identity}
         insist_on_lease(lake, lease)
         lake.storage.write_json(manifest_name(ingest_id), {**record, "created_at": now()})
+        if retry is not None:
+            strike_out(lake, retry.rows, ingest_id)
         lake.storage.remove(staging_folder(ingest_id))
     log_report(report)
     return report

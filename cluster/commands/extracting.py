@@ -50,6 +50,9 @@ def ingest(
         bool, typer.Option("--no-quotes", help="Quotes in CSV and TSV are ordinary characters: no cell is quoted.")
     ] = False,
     max_side: Annotated[int | None, typer.Option(help="Re-encode pictures larger than this many pixels.")] = None,
+    retry_rejects: Annotated[
+        bool, typer.Option("--retry-rejects", help="Read only those rows of the sources that were rejected before.")
+    ] = False,
     config: ConfigFile = None,
     overrides: Overrides = None,
     print_config: PrintConfig = False,
@@ -82,7 +85,7 @@ def ingest(
         raise typer.BadParameter("give at least one SOURCE and then the LAKE")
     from extractor.ingest import ingest as run
 
-    run(sources[:-1], sources[-1], settings, session=ray_session)
+    run(sources[:-1], sources[-1], settings, session=ray_session, retry_rejects=retry_rejects)
 
 
 def extract(

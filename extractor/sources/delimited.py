@@ -88,6 +88,8 @@ def read(part: Part, config: IngestConfig) -> Iterator[Record]:
         if part.begin == 0:  # the whole table
             next((line for _, line in lines if line.strip()), None)
         for number, (_, cells, fault) in enumerate(_rows(lines, part.delimiter, part.quotes), part.first_row):
+            if not part.wants(number + 1):
+                continue
             if not fault and len(cells) != len(part.header):
                 fault = f"{len(cells)} cells, the header has {len(part.header)}"
             if fault:

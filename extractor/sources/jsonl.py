@@ -51,6 +51,8 @@ def read(part: Part, config: IngestConfig) -> Iterator[Record]:
     pictures = Pictures(config)
     with open_lines(part.uri, part.begin, part.end) as lines:
         for number, (_, line) in enumerate(lines, part.first_row):
+            if not part.wants(number + 1):
+                continue
             row, fault = _parse(line)
             if fault:
                 detail = f"row {number + 1}: {fault.detail}"

@@ -78,7 +78,9 @@ def read(part: Part, config: IngestConfig) -> Iterator[Record]:
             if batch is None:
                 return
             for row in _rows(batch):
-                if row is None:
+                if not part.wants(number + 1):
+                    pass
+                elif row is None:
                     detail = f"row {number + 1}: not UTF-8 text"
                     yield Record(f"{part.name}/#{number}", row=number + 1, reason="malformed row", detail=detail)
                 else:

@@ -7,6 +7,7 @@ import datetime
 import math
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import cached_property
 from typing import Any
 
 from extractor.config import IngestConfig
@@ -61,6 +62,7 @@ class Part:
         kept: Name -> type of the columns to keep, as :mod:`common.kept_columns` has them.
         folders: Key -> value of the folders' names (``split=test/``) between what the user named and the file: as good
             as columns.
+        rows: The only rows to read, by their places from 1, where not all are wanted.
         header: The names of all columns in order; for JSON Lines, those that were seen in planning.
         delimiter: For delimited text, what stands between cells.
         quotes: For delimited text, whether cells may be quoted; otherwise quotes are characters like any other.
@@ -78,13 +80,23 @@ class Part:
     header: tuple[str, ...] = ()
     delimiter: str = ","
     quotes: bool = True
+    rows: tuple[int, ...] | None = None
+
+    def wants(self, row: int) -> bool:
+        """Whether a row, by its place from 1, is to be read."""
+        return self.rows is None or row in self._wanted
+
+    @cached_property
+    def _wanted(self) -> frozenset[int]:
+        return frozenset(self.rows or ())
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Part:
         """The inverse of ``asdict``, also after a journey through JSON."""
         columns = value["columns"]
         columns = columns and Columns(**{**columns, "kept": tuple(columns["kept"])})
-        return cls(**{**value, "columns": columns, "header": tuple(value["header"])})
+        rows = None if value["rows"] is None else tuple(value["rows"])
+        return cls(**{**value, "columns": columns, "header": tuple(value["header"]), "rows": rows})
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,8 @@ def read(part: Part, config: IngestConfig) -> Iterator[Record]:
     passed: Counter[str] = Counter()
     with explained(f"read {part.uri}"), storage.fs.open(storage.path(), "rb") as stream:
         for row, (key, members) in enumerate(_samples(stream, config.limits.max_file_mib << 20, passed), 1):
+            if not part.wants(row):
+                continue
             source_key = f"{part.name}/{clean_text(key) or '?'}"
             try:
                 yield _record(source_key, row, members, part, config)
@@ -151,7 +153,7 @@ def _members(stream: Any) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
         with tarfile.open(fileobj=forward, mode="r:") as tar:
             for member in tar:
                 # Streaming keeps every header it has seen; a tar of a million members would fill the memory.
-                tar.members = []
+                tar.members = []  # type: ignore[attr-defined]  # there since ever, missing in the stubs
                 yield tar, member
         # tarfile takes any header that it cannot read for the end.
         if forward.last.strip(b"\0"):
