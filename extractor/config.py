@@ -46,6 +46,10 @@ class FetchConfig(StrictModel):
     retries: int = Field(
         3, ge=0, description="After a lost connection, or HTTP 408, 429 or 5xx; lower it where most links are dead."
     )
+    at_once: PositiveInt = Field(
+        16, description="Pictures of one part that are fetched at the same time, from the web or an object store."
+    )
+    per_host: PositiveInt = Field(4, description="Of these, from one host on the web; be kind to small ones.")
     silent_rows: PositiveInt = Field(
         3, description="A host that was too slow for so many rows in a row is not asked again within the part."
     )

@@ -42,6 +42,8 @@ from extractor.tasks import Workers
 READ_THREADS = 16
 LEASE = "ingest"
 """Name of the lease on a lake's pairs."""
+HOW_ONLY = {"max_unreachable", "at_once", "per_host"}
+"""Settings of fetching that change nothing in what is made."""
 FEW_UNREACHABLE = 20
 """So many URLs that cannot be fetched never stop an ingest by themselves."""
 
@@ -178,7 +180,7 @@ def _settings_of(config: IngestConfig) -> dict[str, Any]:
     Those of fetching came later than lakes: by default they are left out, so that an earlier ingest is known again.
     """
     settings = config.model_dump(mode="json", exclude={"fetch", "lease_seconds"})
-    fetch, usual = (one.model_dump(mode="json", exclude={"max_unreachable"}) for one in (config.fetch, FetchConfig()))
+    fetch, usual = (one.model_dump(mode="json", exclude=HOW_ONLY) for one in (config.fetch, FetchConfig()))
     return settings if fetch == usual else {**settings, "fetch": fetch}
 
 

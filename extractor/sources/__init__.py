@@ -1,14 +1,16 @@
 """Where pairs come from. A kind of source is a module with two functions, and a line in the table below.
 
 ``parts(file, config) -> list[Part]`` plans the reading of one file, cheaply, in the driver.
-``read(part, config) -> Iterator[Record]`` reads one part, in a worker, in bounded memory; whatever is wrong
-with one row becomes that row's reason.
+``read(part, config) -> Iterator[Row]`` reads one part, in a worker, in bounded memory; whatever is wrong
+with one row becomes that row's reason. Rows with pictures far away come as calls that fetch them.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from common.errors import SourceError
@@ -17,7 +19,7 @@ from extractor.config import IngestConfig
 from extractor.sources.addresses import EXTENSIONS, find_files, kind_of
 from extractor.sources.columns import say_columns
 from extractor.sources.delimited import say_dialects
-from extractor.sources.record import Part, Record
+from extractor.sources.record import Part, Record, Row
 
 SOURCES = {  # kind -> module with parts() and read()
     "webdataset": "extractor.sources.webdataset",
@@ -44,7 +46,34 @@ def plan_sources(sources: list[str], config: IngestConfig) -> list[Part]:
 
 def read_part(part: Part, config: IngestConfig) -> Iterator[Record]:
     """The records of one part, in order."""
-    return iter(_module(part.kind).read(part, config))
+    return _in_order(_module(part.kind).read(part, config), config.fetch.at_once)
+
+
+def _in_order(rows: Iterator[Row], at_once: int) -> Iterator[Record]:
+    """Rows as records; as many fetches as ``at_once`` are under way, and no more than that are held."""
+    waiting: deque[Record | Future[Record]] = deque()
+    pool: ThreadPoolExecutor | None = None
+    try:
+        for row in rows:
+            if callable(row):
+                pool = pool or ThreadPoolExecutor(at_once, "mmkd-fetch")
+                waiting.append(pool.submit(row))
+            elif waiting:
+                waiting.append(row)
+            else:
+                yield row
+            if len(waiting) >= at_once:
+                yield _taken(waiting)
+        while waiting:
+            yield _taken(waiting)
+    finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+
+
+def _taken(waiting: deque[Record | Future[Record]]) -> Record:
+    first = waiting.popleft()
+    return first.result() if isinstance(first, Future) else first
 
 
 def _kind(uri: str, config: IngestConfig) -> str:

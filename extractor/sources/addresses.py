@@ -7,6 +7,7 @@ import itertools
 import os
 import posixpath
 import re
+import threading
 from collections import Counter
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -210,13 +211,19 @@ def image_address(manifest: str, cell: str) -> str:
     return f"{scheme}://{joined}" if joined else os.path.join(os.path.dirname(manifest), cell)
 
 
+def is_far(address: str) -> bool:
+    """Whether reading a file is mostly waiting: it is on the web or in an object store."""
+    return "://" in address
+
+
 class Pictures:
-    """Reads the pictures that the rows of one part name, wherever they are."""
+    """Reads the pictures that the rows of one part name, wherever they are; several threads may ask at once."""
 
     def __init__(self, config: IngestConfig) -> None:
         self._config = config
         self._max_bytes = config.limits.max_file_mib << 20
         self._web: WebPictures | None = None
+        self._lock = threading.Lock()
 
     def read(self, address: str, max_bytes: int | None = None) -> bytes:
         """The bytes of an image file; of one larger than ``max_bytes`` no more than that is ever in memory.
@@ -228,10 +235,11 @@ class Pictures:
         max_bytes = self._max_bytes if max_bytes is None else max_bytes
         if not _WEB.match(address):
             return read_image(address, max_bytes)
-        if self._web is None:
-            from extractor.sources.remote import WebPictures  # slow to import, and most tables name files
+        with self._lock:
+            if self._web is None:
+                from extractor.sources.remote import WebPictures  # slow to import, and most tables name files
 
-            self._web = WebPictures(self._config.fetch)
+                self._web = WebPictures(self._config.fetch)
         return self._web.read(address, max_bytes)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from common.errors import SourceError
@@ -11,11 +13,12 @@ from common.kept_columns import kept_value, parse_kept
 from common.logs import logger
 from common.storage_errors import unsigned, without_secrets
 from extractor.config import IngestConfig
-from extractor.sources.addresses import Pictures, image_address
+from extractor.sources.addresses import Pictures, image_address, is_far
 from extractor.sources.record import (
     Columns,
     Part,
     Record,
+    Row,
     RowFaultError,
     clean_captions,
     clean_labels,
@@ -118,8 +121,10 @@ def _use_of(part: Part) -> str:
 SAID_COLUMNS = 20
 
 
-def record_of(row: Mapping[str, Any], part: Part, number: int, config: IngestConfig, pictures: Pictures) -> Record:
+def record_of(row: Mapping[str, Any], part: Part, number: int, config: IngestConfig, pictures: Pictures) -> Row:
     """One row of a table as a record; whatever is wrong with it becomes the record's reason.
+
+    A row whose picture is far away comes as a call that fetches it, so that several can be under way.
 
     Args:
         row: Column -> cell.
@@ -153,24 +158,38 @@ def record_of(row: Mapping[str, Any], part: Part, number: int, config: IngestCon
         captions = clean_captions(_cell(row, "caption", columns, config))
         split = clean_split(_cell(row, "split", columns, config))
         kept = kept_cells(row, part.kept)
-        image = _image_bytes(image_cell, part, config, pictures)
+        found = Record(
+            key,
+            b"",
+            captions,
+            modality,
+            labels,
+            dataset or config.dataset,
+            group_id,
+            source_id,
+            license_name,
+            split,
+            number + 1,
+            kept,
+        )
+        image = _image_in(image_cell, part, config)
     except RowFaultError as fault:
-        detail = f"row {number + 1}: {fault.detail}"
-        return Record(key, source_id=source_id, row=number + 1, reason=fault.reason, detail=detail)
-    return Record(
-        key,
-        image,
-        captions,
-        modality,
-        labels,
-        dataset or config.dataset,
-        group_id,
-        source_id,
-        license_name,
-        split,
-        number + 1,
-        kept,
-    )
+        return _rejected(Record(key, source_id=source_id, row=number + 1), fault)
+    if isinstance(image, bytes):
+        return replace(found, image=image)
+    fetch = partial(_with_image, found, image, pictures)
+    return fetch if is_far(image) else fetch()
+
+
+def _with_image(record: Record, address: str, pictures: Pictures) -> Record:
+    try:
+        return replace(record, image=pictures.read(address))
+    except RowFaultError as fault:
+        return _rejected(Record(record.source_key, source_id=record.source_id, row=record.row), fault)
+
+
+def _rejected(record: Record, fault: RowFaultError) -> Record:
+    return replace(record, reason=fault.reason, detail=f"row {record.row}: {fault.detail}")
 
 
 def kept_cells(row: Mapping[str, Any], kept: Mapping[str, str]) -> dict[str, Any]:
@@ -214,7 +233,8 @@ def _row_name(cell: Any, table: str, number: int) -> str:
     return path.rpartition("://")[2].lstrip("/") or f"#{number}"
 
 
-def _image_bytes(cell: Any, part: Part, config: IngestConfig, pictures: Pictures) -> bytes:
+def _image_in(cell: Any, part: Part, config: IngestConfig) -> bytes | str:
+    """The bytes in an image cell, or the address that it gives."""
     path = None
     limits = config.limits
     if isinstance(cell, dict):
@@ -229,4 +249,4 @@ def _image_bytes(cell: Any, part: Part, config: IngestConfig, pictures: Pictures
     path = clean_text(cell if isinstance(cell, str) else path)
     if path is None:
         raise RowFaultError("no image", "the image cell is empty")
-    return pictures.read(image_address(part.uri, path))
+    return image_address(part.uri, path)

@@ -19,7 +19,7 @@ from extractor.config import IngestConfig
 from extractor.sources.addresses import Pictures, SourceFile
 from extractor.sources.columns import choose_columns, kept_kinds, record_of
 from extractor.sources.lines import Line, open_lines, plan_lines
-from extractor.sources.record import Part, Record, RowFaultError, decode_utf8
+from extractor.sources.record import Part, Record, Row, RowFaultError, decode_utf8
 
 DELIMITERS = {"\t": "tabs", ",": "commas", ";": "semicolons"}
 _QUOTED_CELL = re.compile(rb'"[^"]*(?:""[^"]*)*"')
@@ -81,7 +81,7 @@ def parts(file: SourceFile, config: IngestConfig) -> list[Part]:
     ]
 
 
-def read(part: Part, config: IngestConfig) -> Iterator[Record]:
+def read(part: Part, config: IngestConfig) -> Iterator[Row]:
     """Each row of a part as a record; a row with another number of cells is a record with a reason."""
     pictures = Pictures(config)
     with open_lines(part.uri, part.begin, part.end, blank=True) as lines:

@@ -12,7 +12,7 @@ from extractor.config import IngestConfig
 from extractor.sources.addresses import Pictures, SourceFile
 from extractor.sources.columns import choose_columns, has_columns, kept_kinds, record_of
 from extractor.sources.lines import open_lines, plan_lines
-from extractor.sources.record import Part, Record, RowFaultError, decode_utf8
+from extractor.sources.record import Part, Record, Row, RowFaultError, decode_utf8
 
 SAMPLE_ROWS = 100
 """Rows looked at to learn which of the usual names this table prefers; each row's own keys are read all the same."""
@@ -46,7 +46,7 @@ def parts(file: SourceFile, config: IngestConfig) -> list[Part]:
     ]
 
 
-def read(part: Part, config: IngestConfig) -> Iterator[Record]:
+def read(part: Part, config: IngestConfig) -> Iterator[Row]:
     """Each line of a part as a record; a malformed line is a record with a reason."""
     pictures = Pictures(config)
     with open_lines(part.uri, part.begin, part.end) as lines:

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from common.errors import SourceError
 from common.storage_errors import without_secrets
 from extractor.config import IngestConfig
-from extractor.sources.addresses import Pictures, SourceFile, image_address
+from extractor.sources.addresses import Pictures, SourceFile, image_address, is_far
 from extractor.sources.columns import kept_cells, kept_kinds
 from extractor.sources.lines import open_lines, plan_lines
 from extractor.sources.record import (
     Part,
     Record,
+    Row,
     RowFaultError,
     clean_captions,
     clean_text,
@@ -54,7 +56,7 @@ def parts(file: SourceFile, config: IngestConfig) -> list[Part]:
     return [Part(KIND, uri, file.name, begin, end, first_row, kept=kept) for begin, end, first_row in plan_lines(uri)]
 
 
-def read(part: Part, config: IngestConfig) -> Iterator[Record]:
+def read(part: Part, config: IngestConfig) -> Iterator[Row]:
     """Each line of a part as a record."""
     pictures = Pictures(config)
     with open_lines(part.uri, part.begin, part.end) as lines:
@@ -63,11 +65,17 @@ def read(part: Part, config: IngestConfig) -> Iterator[Record]:
                 continue
             row = parse_line(line)
             key = f"{part.name}/{row_key(row) or f'#{number}'}"
-            try:
-                yield _record(row, key, number + 1, part, config, pictures)
-            except RowFaultError as fault:
-                detail = f"row {number + 1}: {fault.detail}"
-                yield Record(key, row=number + 1, reason=fault.reason, detail=detail)
+            fetch = partial(_record_or_reason, row, key, number + 1, part, config, pictures)
+            yield fetch if is_far(part.uri) else fetch()
+
+
+def _record_or_reason(
+    row: dict[str, Any], key: str, number: int, part: Part, config: IngestConfig, pictures: Pictures
+) -> Record:
+    try:
+        return _record(row, key, number, part, config, pictures)
+    except RowFaultError as fault:
+        return Record(key, row=number, reason=fault.reason, detail=f"row {number}: {fault.detail}")
 
 
 def parse_line(line: bytes) -> dict[str, Any]:

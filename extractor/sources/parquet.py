@@ -17,7 +17,7 @@ from extractor.config import IngestConfig
 from extractor.sources.addresses import Pictures, SourceFile
 from extractor.sources.columns import choose_columns, record_of
 from extractor.sources.lines import ROWS_PER_PART
-from extractor.sources.record import Part, Record
+from extractor.sources.record import Part, Record, Row
 
 BATCH_ROWS = 32
 """Rows in memory at once, beside what the Parquet reader buffers."""
@@ -54,7 +54,7 @@ def parts(file: SourceFile, config: IngestConfig) -> list[Part]:
     return found
 
 
-def read(part: Part, config: IngestConfig) -> Iterator[Record]:
+def read(part: Part, config: IngestConfig) -> Iterator[Row]:
     """Each row of a part as a record; a damaged page ends the part with one record that says so."""
     assert part.columns is not None, "tables are planned with their columns"
     assert part.end is not None, "Parquet is planned by row groups"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import datetime
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property
@@ -128,6 +129,10 @@ class Record:
     filtered: bool = False
     reason: str | None = None
     detail: str = ""
+
+
+Row = Record | Callable[[], Record]
+"""What a source reads: a record, or a call that fetches its picture from far away and may be under way with others."""
 
 
 class RowFaultError(Exception):

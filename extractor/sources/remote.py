@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import threading
 from collections import Counter
 from typing import Any
 from urllib.parse import urlsplit
@@ -55,10 +56,15 @@ class StatusError(Exception):
 
 
 class WebPictures:
-    """Fetches the pictures of one part, one at a time, and remembers the hosts that cost more than they give."""
+    """Fetches the pictures of one part, and remembers the hosts that cost more than they give.
+
+    Several threads may ask at once; of one host, a few pictures at a time are under way.
+    """
 
     def __init__(self, config: FetchConfig) -> None:
         self._config = config
+        self._lock = threading.Lock()
+        self._turns: dict[str, threading.Semaphore] = {}
         self._silent: Counter[str] = Counter()
         """Host -> how many rows in a row waited for it in vain."""
         self._dead: Counter[str] = Counter()
@@ -70,8 +76,14 @@ class WebPictures:
         Raises:
             RowFaultError: There is none, or it is larger.
         """
-        shown, seconds = without_secrets(url), self._config.seconds
         host = _host_of(url)
+        with self._lock:
+            turn = self._turns.setdefault(host, threading.Semaphore(self._config.per_host))
+        with turn:
+            return self._read(url, host, max_bytes)
+
+    def _read(self, url: str, host: str, max_bytes: int) -> bytes:
+        shown, seconds = without_secrets(url), self._config.seconds
         if self._silent[host] >= self._config.silent_rows:
             detail = (
                 f"{shown}: not asked, because the last {self._silent[host]} rows of this host took over {seconds:g} s"
@@ -90,9 +102,11 @@ class WebPictures:
             self._remember(host, error)
 
     def _remember(self, host: str, error: Exception | None) -> None:
-        self._silent[host] = self._silent[host] + 1 if isinstance(error, TimeoutError) else 0
-        self._dead[host] = self._dead[host] + 1 if isinstance(error, aiohttp.ClientConnectorError) else 0
-        if self._silent[host] == self._config.silent_rows:
+        with self._lock:
+            self._silent[host] = self._silent[host] + 1 if isinstance(error, TimeoutError) else 0
+            self._dead[host] = self._dead[host] + 1 if isinstance(error, aiohttp.ClientConnectorError) else 0
+            is_given_up = self._silent[host] == self._config.silent_rows
+        if is_given_up:
             logger.warning(
                 "ingest: %s gave no picture within %g s, %d rows in a row; its further rows in this part are rejects",
                 *(host, self._config.seconds, self._silent[host]),

@@ -115,7 +115,7 @@ def test_a_line_is_a_record_with_the_articles_modality_and_licence(published):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"txt": " "}, "no caption"),
+        ({"txt": {"en": "words"}}, "unreadable cell"),
         ({"imgpath": None}, "no image"),
         ({"imgpath": "features/none.jpg"}, "image not found"),
         ({"metapath": "features/none.json"}, "metadata not found"),

@@ -155,6 +155,32 @@ def test_a_table_of_urls_is_ingested_whatever_became_of_some(server, tmp_path):
     assert rejects[0]["detail"] == f"row 2: {server.url}/status/403: HTTP 403"
 
 
+def test_several_are_under_way_of_each_host_a_few_and_rows_stay_in_order(server, tmp_path):
+    hosts = [server.url, server.url.replace("127.0.0.1", "localhost")]
+    server.files.update({f"{i}.png": png(i) for i in range(24)})
+    urls = [f"{hosts[i % 2]}/{'slow/' if i % 5 else 'status/410/'}{i}.png" for i in range(24)]
+    config = quick(at_once=6, per_host=2, seconds=20)
+    records = [r for part in plan_sources([table(tmp_path, *urls)], config) for r in read_part(part, config)]
+    assert [record.row for record in records] == list(range(1, 25))
+    assert [record.image for record in records if not record.reason] == [png(i) for i in range(24) if i % 5]
+    assert {count for host, count in server.most.items() if host != "all"} == {2}
+    assert server.most["all"] == 4
+
+
+def test_whoever_stops_reading_leaves_no_fetch_behind(server, tmp_path):
+    server.files["a.png"] = png(0)
+    urls = [f"{server.url}/slow/a.png?{i}" for i in range(200)]
+    config = quick(at_once=4, per_host=4, seconds=20)
+    (part,) = plan_sources([table(tmp_path, *urls)], config)
+    records = read_part(part, config)
+    next(records)
+    records.close()
+    asked = server.asked.total()
+    assert asked <= 4
+    time.sleep(0.5)
+    assert server.asked.total() == asked
+
+
 def test_too_large_a_share_of_failures_stops_and_the_same_command_goes_on(server, tmp_path, monkeypatch):
     monkeypatch.setattr(lines, "ROWS_PER_PART", 30)
     bad = [f"{server.url}/status/403?row={row}" for row in range(30)]

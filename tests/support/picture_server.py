@@ -28,6 +28,11 @@ class PictureServer:
     def __init__(self):
         self.files: dict[str, bytes] = {}
         self.asked: Counter[str] = Counter()
+        self.lock = threading.Lock()
+        self.at_work: Counter[str] = Counter()
+        """Host as it was asked for -> slow answers under way."""
+        self.most: Counter[str] = Counter()
+        """The most there ever were of these."""
         self.sent = 0
         """Bytes of the endless body that were sent."""
 
@@ -68,6 +73,16 @@ class PictureServer:
         elif what == "flaky":  # fails twice
             tries = sum(count for path, count in self.asked.items() if path.startswith(f"/{name}"))
             self.reply(handler, 503 if tries <= 2 else 200, self.files[argument] if tries > 2 else b"")
+        elif what == "slow":
+            host = handler.headers["Host"]
+            with self.lock:
+                self.at_work[host] += 1
+                self.most[host] = max(self.most[host], self.at_work[host])
+                self.most["all"] = max(self.most["all"], self.at_work.total())
+            time.sleep(0.1)
+            with self.lock:
+                self.at_work[host] -= 1
+            self.reply(handler, 200, self.files[argument])
         elif what == "to":
             self.reply(handler, 302, Location=f"/{argument}{handler.path.partition('?')[1]}")
         elif what == "ftp":
