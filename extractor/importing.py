@@ -314,8 +314,9 @@ def import_shard(lake: Lake, shard: int, table: str, teachers: list[Imported]) -
     """
     pairs = lake.read_pairs(shard, ["sample_id", "captions", "source", "source_key"])
     prefix, source = f"{base_name(table)}/", short_name(table)
+    # Where a whole folder was ingested, the table's own folder stands before its name.
     keys = [
-        key.removeprefix(prefix) if origin == source and key.startswith(prefix) else None
+        key.rpartition(prefix)[2] if origin == source and prefix in key else None
         for origin, key in zip(pairs["source"].to_pylist(), pairs["source_key"].to_pylist(), strict=True)
     ]
 
