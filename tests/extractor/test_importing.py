@@ -85,7 +85,7 @@ def lake_of(tmp_path: Path, table: str):
                 "image": image,
                 "captions": captions,
                 "modality": "MRI",
-                "label": None,
+                "labels": [],
                 "license": None,
                 "width": 1,
                 "height": 1,

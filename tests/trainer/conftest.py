@@ -87,7 +87,7 @@ def pairs_table(samples: list[Sample]) -> pa.Table:
             "image": s.image,
             "captions": s.captions,
             "modality": s.colour,
-            "label": s.colour,
+            "labels": [s.colour],
             "source": "made-up",
             "source_key": s.sample_id,
             "license": None,

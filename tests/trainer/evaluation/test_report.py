@@ -49,7 +49,7 @@ def content(small_lake, model_folder, checkpoint) -> ReportContent:
 def scores_of(rows: list[tuple]) -> pa.Table:
     """Zero-shot accuracies: (model, kind, modality, value, low, high)."""
     names = ("model", "model_kind", "modality", "value", "low", "high")
-    fixed = {"task": "zero_shot", "dataset": "d", "metric": "accuracy", "n": 9, "weights_sha256": None}
+    fixed = {"task": "zero_shot", "dataset": "d", "split": "test", "metric": "accuracy", "n": 9, "weights_sha256": None}
     full = [{**dict(zip(names, row, strict=True)), **fixed, "created_at": "2030-01-01T00:00:00+00:00"} for row in rows]
     return pa.Table.from_pylist(full, schema=SCORES)
 

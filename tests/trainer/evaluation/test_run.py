@@ -61,7 +61,7 @@ def test_zero_shot_scores_equal_a_computation_with_stock_open_clip_and_scikit_le
         directions.append(mean / np.linalg.norm(mean))
         start += len(group)
     logits = torch.from_numpy(scale * images @ np.stack(directions).T)
-    truth = [labels.index(sample.label) for sample in samples]
+    truth = [labels.index(*sample.labels) for sample in samples]
     expected = {
         "accuracy": accuracy_score(truth, logits.argmax(1)),
         "f1": f1_score(truth, logits.argmax(1), average="macro", zero_division=0.0),
