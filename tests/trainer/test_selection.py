@@ -313,8 +313,9 @@ def test_a_sample_is_of_bounded_size_and_does_not_depend_on_the_shards():
         for start in range(0, 5000, size):
             here = slice(start, start + size)
             count = len(order[here])
+            everywhere = np.ones(count, bool)
             rows = ShardRows(
-                0, [""] * count, np.full(count, "x", object), np.ones(count, bool), keys[here], order[here]
+                0, [""] * count, np.full(count, "x", object), everywhere, everywhere, keys[here], order[here]
             )
             yield rows, ShardVectors(vectors[0, here], vectors[1, here])
 
