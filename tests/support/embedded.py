@@ -28,7 +28,7 @@ def vector_column(rng: np.random.Generator, rows: int, dim: int, absent: tuple[i
 
 
 def features_of(lake: Lake, teacher: str, index: int, dim: int = 16) -> pa.Table:
-    """Vectors that follow from teacher and shard; the second row has no image vector, one without captions no text's."""
+    """Vectors that follow from teacher and shard; the second row lacks an image's, rows without captions a text's."""
     pairs = lake.read_pairs(index, ["sample_id", "captions"])
     rows, captions = pairs.num_rows, pairs["captions"].to_pylist()
     extra, silent = [len(row[1:]) for row in captions], tuple(row for row in range(rows) if not captions[row])

@@ -176,6 +176,12 @@ def tiny_lake(tmp_path) -> str:
     return write_lake(str(tmp_path / "lake"))
 
 
+@pytest.fixture
+def silent_lake(tmp_path) -> str:
+    """The small lake in which every fifth row, and all of the third shard, has no caption."""
+    return write_lake(str(tmp_path / "lake"), silent=lambda index: index % 5 == 0 or 48 <= index < 72)
+
+
 def write_image_encoder(uri: str, dim: int = 10, name: str = "pixels") -> str:
     """Add a teacher without a text tower to a lake of :func:`write_lake`; it has no vector for every eleventh row."""
     from common.lake import open_lake
@@ -210,3 +216,17 @@ def lake_with_image_encoder(tiny_lake) -> str:
     """The small lake with a third teacher, ``pixels``, that has no text tower."""
     write_image_encoder(tiny_lake)
     return tiny_lake
+
+
+@pytest.fixture
+def lake_without_red_captions(tmp_path) -> str:
+    """The small lake with ``pixels`` too, in which no picture of the modality ``red`` has a caption."""
+    uri = write_lake(str(tmp_path / "lake"), silent=lambda index: index % 3 == 0)
+    write_image_encoder(uri)
+    return uri
+
+
+@pytest.fixture
+def lake_without_captions(tmp_path) -> str:
+    """The small lake in which no picture has a caption."""
+    return write_lake(str(tmp_path / "lake"), silent=lambda index: True)
