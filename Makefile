@@ -46,8 +46,9 @@ check: $(READY)  ## format, lint, spelling, types, import layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: $(READY)  ## write docs/teachers.md from the catalog
+docs: $(READY)  ## write docs/teachers.md from the catalog and docs/tables.md from the schemas
 	$(BIN)/python -m common.models.document
+	$(BIN)/python -m common.table_docs
 
 format: $(READY)  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .

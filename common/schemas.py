@@ -70,22 +70,28 @@ the true caption's among ``candidates`` captions of the same modality; null wher
 
 SCORES = pa.schema(
     [
+        pa.field("evaluation", pa.string(), nullable=False),
         pa.field("model", pa.string(), nullable=False),
         pa.field("model_kind", pa.string(), nullable=False),
         pa.field("task", pa.string(), nullable=False),
         pa.field("dataset", pa.string(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),
         pa.field("modality", pa.string(), nullable=False),
         pa.field("metric", pa.string(), nullable=False),
         pa.field("value", pa.float64(), nullable=False),
         pa.field("low", pa.float64()),
         pa.field("high", pa.float64()),
         pa.field("n", pa.int64(), nullable=False),
+        pa.field("classes", pa.int32()),
+        pa.field("chance", pa.float64()),
         pa.field("weights_sha256", pa.string()),
         pa.field("created_at", pa.string(), nullable=False),
     ]
 )
 """One row per model, task, modality and metric; ``low`` and ``high`` bound the 95 % bootstrap interval. ``modality``
-is "all" for figures over everything and "mean" for unweighted means over modalities."""
+is "all" for figures over everything and "mean" for unweighted means over modalities. ``evaluation`` is the name of the
+file: a model that was evaluated twice has rows of two. ``chance`` is what guessing gives, null where that is no one
+number, and ``classes`` how many a classification chose among."""
 
 
 def vector_type(dim: int | None) -> pa.DataType:

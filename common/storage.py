@@ -337,13 +337,13 @@ class Storage:
         if metadata:
             table = table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata})
         leaves = {path: kind for field in table.schema for path, kind in _leaves(field.name, field.type)}
-        low_cardinality = {"modality", "label", "source", "license", "split", "stage", "reason", "model"}
+        low_cardinality = {"modality", "dataset", "source", "license", "split", "stage", "reason", "model"}
         stream = pa.BufferOutputStream()
         pq.write_table(
             table,
             stream,
             compression={path: _compression(table, path) for path in leaves},
-            use_dictionary=[name for name in table.column_names if name in low_cardinality],
+            use_dictionary=[path for path in leaves if path in low_cardinality or path.startswith("labels.")],
             use_byte_stream_split=[path for path, kind in leaves.items() if pa.types.is_floating(kind)],
             row_group_size=ROW_GROUP_ROWS,
             write_page_index=True,

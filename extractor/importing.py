@@ -22,7 +22,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from common.captions import captioned
 from common.config import fingerprint
 from common.errors import SourceError
 from common.lake import Lake, claim_partition, create_lake, open_lake, run_name, shard_name
@@ -365,13 +367,14 @@ def build_features(
                 vectors[side][row] = vector / length
                 norms[side][row] = length
     rounded = {side: _rounded(values, teacher.precision) for side, values in vectors.items()}
-    absent = np.isnan(norms["image"])
+    norms["text"][~captioned(pairs["captions"])] = np.nan  # of a text that the lake does not have
+    absent = {side: np.isnan(lengths) for side, lengths in norms.items()}
     schema = features_schema(dim, dim)
-    extra = [[None] * (len(captions) - 1) for captions in pairs["captions"].to_pylist()]
+    extra = [[None] * len(captions[1:]) for captions in pairs["captions"].to_pylist()]
     columns = {
         "sample_id": pairs["sample_id"].combine_chunks(),
-        **{f"{side}_embedding": _masked(rounded[side], absent) for side in vectors},
-        **{f"{side}_norm": pa.array(norms[side], mask=absent) for side in vectors},
+        **{f"{side}_embedding": _masked(rounded[side], absent[side]) for side in vectors},
+        **{f"{side}_norm": pa.array(norms[side], mask=absent[side]) for side in vectors},
         "extra_text_embeddings": pa.array(extra, schema.field("extra_text_embeddings").type),
     }
     return pa.table({name: columns[name] for name in schema.names}, schema=schema), rejects
@@ -418,7 +421,8 @@ def select_present(lake: Lake, identities: Mapping[str, dict[str, Any]]) -> str:
 def _present_rows(features: pa.Table, modality: pa.Array) -> pa.Table:
     """A shard of the selection: matched cosines, nothing that would take other rows to say."""
     sides = [single_chunk(features[f"{side}_embedding"]) for side in ("image", "text")]
-    present = sides[0].is_valid()
+    # A row without a caption has no text vector, and stage 2 does not train on it.
+    present = pc.and_(*(side.is_valid() for side in sides))
     image_ND, text_ND = (np.asarray(side.values.fill_null(0)).reshape(len(side), -1) for side in sides)
     cosines = np.einsum("nd,nd->n", image_ND, text_ND)
     columns = {

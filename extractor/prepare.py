@@ -59,7 +59,7 @@ class TeacherInput:
 
     @property
     def tokens(self) -> str:
-        """Column with the main caption's token ids: int32 [context length] per row."""
+        """Column with the main caption's token ids: int32 [context length] per row, null where there is no caption."""
         return f"tokens:{self.description.tokenizer_key}"
 
     @property
@@ -168,14 +168,16 @@ class Prepare:
     def _tokenise(self, item: TeacherInput, captions: list[list[str]]) -> dict[str, pa.Array]:
         if item.tokens not in _TOKENIZERS:
             _TOKENIZERS[item.tokens] = load_tokenizer(item.spec)
-        distinct = sorted({caption for row in captions for caption in row})
+        # A row without captions gets the ids of an empty text, which nobody sees: it keeps the column's shape.
+        distinct = sorted({caption for row in captions for caption in row or [""]})
         ids_UL = _TOKENIZERS[item.tokens](distinct)
         position = {caption: place for place, caption in enumerate(distinct)}
-        main = ids_UL[[position[row[0]] for row in captions]]
+        main = ids_UL[[position[row[0] if row else ""] for row in captions]]
         extra = ids_UL[[position[caption] for row in captions for caption in row[1:]]]
-        offsets = np.cumsum([0, *(len(row) - 1 for row in captions)], dtype=np.int32)
+        offsets = np.cumsum([0, *(len(row[1:]) for row in captions)], dtype=np.int32)
+        absent = np.array([not row for row in captions], bool)
         return {
-            item.tokens: fixed_rows(main),
+            item.tokens: fixed_rows(main, absent),
             item.extra_tokens: pa.ListArray.from_arrays(pa.array(offsets), fixed_rows(extra)),
         }
 
@@ -217,14 +219,16 @@ def prepare_images(
     return columns
 
 
-def fixed_rows(array_NK: np.ndarray) -> pa.FixedSizeListArray:
-    """A two-dimensional array as an Arrow column, without copying."""
-    width = array_NK.shape[1]
-    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(array_NK).reshape(-1)), width)
+def fixed_rows(array_NK: np.ndarray, absent_N: np.ndarray | None = None) -> pa.FixedSizeListArray:
+    """A two-dimensional array as an Arrow column, without copying; null where ``absent_N`` says so."""
+    flat = pa.array(np.ascontiguousarray(array_NK).reshape(-1))
+    kind = pa.list_(flat.type, array_NK.shape[1])
+    mask = None if absent_N is None or not absent_N.any() else pa.array(absent_N)
+    return pa.FixedSizeListArray.from_arrays(flat, type=kind, mask=mask)
 
 
 def rows_of(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """The inverse of :func:`fixed_rows`: numpy [N, K], without copying a single-chunk column."""
+    """The inverse of :func:`fixed_rows`: numpy [N, K] of the rows that are not null; no copy if all are."""
     array = single_chunk(column) if isinstance(column, pa.ChunkedArray) else column
     width = array.type.list_size
     return np.asarray(array.flatten().to_numpy(zero_copy_only=True)).reshape(-1, width)

@@ -116,7 +116,7 @@ class Teacher:
         """Embed every picture, view and caption of a prepared shard.
 
         A row whose picture did not decode, that the model fails on, or whose vector is not finite or zero, gets a
-        null and a reject.
+        null and a reject; one without a caption gets a null for its text and no reject.
 
         Raises:
             ModelError: The model gives different inputs one and the same vector.
@@ -160,7 +160,7 @@ class Teacher:
             else:
                 reason, detail = _why("image", norms[row], failures.get(int(row)))
             facts.rejects.append((prepared["sample_id"][row].as_py(), reason, detail))
-        return {"image_embedding": _column(vectors, good), "image_norm": pa.array(norms, mask=~good)}
+        return {"image_embedding": _column(vectors, good), "image_norm": _norms(norms, good)}
 
     def _views(self, prepared: pa.Table, facts: EmbedFacts) -> dict[str, pa.Array]:
         boxes = prepared[VIEW_BOXES].combine_chunks()
@@ -175,9 +175,10 @@ class Teacher:
         }
 
     def _texts(self, prepared: pa.Table, facts: EmbedFacts) -> dict[str, pa.Array]:
-        rows = prepared.num_rows
-        extra = prepared[self.teacher.extra_tokens].combine_chunks()
-        tokens = np.concatenate([rows_of(prepared[self.teacher.tokens]), rows_of(extra.flatten())])
+        main, extra = (prepared[name].combine_chunks() for name in (self.teacher.tokens, self.teacher.extra_tokens))
+        captioned = np.flatnonzero(main.is_valid().to_numpy(zero_copy_only=False))
+        rows = len(captioned)
+        tokens = np.concatenate([rows_of(main), rows_of(extra.flatten())])
         # Generic captions repeat a lot; each distinct one goes through the tower once.
         distinct, back = np.unique(tokens, axis=0, return_inverse=True)
         vectors, norms, failures = self._run(self.model.encode_text, distinct, self.teacher.description.text_dim)
@@ -186,10 +187,10 @@ class Teacher:
         good = _usable(norms)
         for row in np.flatnonzero(~good[:rows]):
             reason, detail = _why("text", norms[row], failures.get(int(back[row])))
-            facts.rejects.append((prepared["sample_id"][row].as_py(), reason, detail))
+            facts.rejects.append((prepared["sample_id"][int(captioned[row])].as_py(), reason, detail))
         return {
-            "text_embedding": _column(vectors[:rows], good[:rows]),
-            "text_norm": pa.array(norms[:rows], mask=~good[:rows]),
+            "text_embedding": _column(*_spread(vectors[:rows], good[:rows], captioned, len(main))),
+            "text_norm": _norms(*_spread(norms[:rows], good[:rows], captioned, len(main))),
             "extra_text_embeddings": pa.ListArray.from_arrays(extra.offsets, _column(vectors[rows:], good[rows:])),
         }
 
@@ -229,6 +230,19 @@ def _why(tower: str, norm: float, failure: str | None) -> tuple[str, str]:
 def _column(vectors: np.ndarray, good: np.ndarray) -> pa.FixedSizeListArray:
     flat = np.where(good[:, None], vectors, 0).astype(np.float32).reshape(-1)
     return pa.FixedSizeListArray.from_arrays(pa.array(flat), type=vector_type(vectors.shape[1]), mask=pa.array(~good))
+
+
+def _norms(norms: np.ndarray, good: np.ndarray) -> pa.Array:
+    return pa.array(norms, mask=~good)
+
+
+def _spread(values: np.ndarray, good: np.ndarray, places: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values and which of them are good at their places among all rows of a shard; the others are not good."""
+    if len(places) == rows:
+        return values, good
+    all_values, all_good = np.zeros((rows, *values.shape[1:]), values.dtype), np.zeros(rows, bool)
+    all_values[places], all_good[places] = values, good
+    return all_values, all_good
 
 
 def _absent(rows: int) -> tuple[pa.Array, pa.Array]:

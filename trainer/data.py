@@ -277,8 +277,8 @@ def draw_numbers(seed: int, epoch: int | None, sample_ids: list[str], count: int
 
 
 def draw_caption(seed: int, epoch: int, sample_id: str, captions: list[str]) -> int:
-    """Which of a sample's captions is used in an epoch."""
-    return 0 if len(captions) == 1 else int(rng(seed, "caption", epoch, sample_id).integers(len(captions)))
+    """Which of a sample's captions is used in an epoch; 0 for a row without any, which no batch takes."""
+    return 0 if len(captions) <= 1 else int(rng(seed, "caption", epoch, sample_id).integers(len(captions)))
 
 
 def draw_view(seed: int, epoch: int | None, sample_id: str, count: int) -> int:

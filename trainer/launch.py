@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.fs
 import ray
 
+from common.captions import captioned
 from common.config import fingerprint
 from common.errors import ClusterError, StoppedError, TrainError, from_row
 from common.lake import Lake, claim_partition
@@ -62,30 +63,43 @@ class LakeRows:
     """Places of the rows to validate on."""
     identity: str
     """Depends on every sample id and on which rows are trained on."""
+    without_caption: int = 0
+    """Rows of the train split that are left out for want of a text."""
 
 
 def find_rows(lake: Lake, teachers: tuple[str, ...], selection: str | None, seed: int) -> LakeRows:
-    """Read the small columns of all shards: train rows (with teachers, those any may speak for) and val rows."""
+    """Read the small columns of all shards: train rows (with teachers, those any may speak for) and val rows.
 
-    def scan(shard: int) -> tuple[np.ndarray, np.ndarray, str]:
-        pairs = lake.read_pairs(shard, ["sample_id", "split"])
-        split = pairs["split"].to_numpy()
-        wanted = split == "train"
+    Rows without a caption are neither, since every loss needs a text; the log says how many they are.
+    """
+
+    def scan(shard: int) -> tuple[np.ndarray, np.ndarray, str, np.ndarray]:
+        pairs = lake.read_pairs(shard, ["sample_id", "captions", "split"])
+        split, has_caption = pairs["split"].to_numpy(), captioned(pairs["captions"])
+        left_out = np.array([((split == name) & ~has_caption).sum() for name in ("train", "val")])
+        wanted = (split == "train") & has_caption
         if teachers:
             said = [read_selection(lake, str(selection), name, shard, pairs)["admitted"] for name in teachers]
             wanted &= np.any([admitted.to_numpy() for admitted in said], axis=0)
         rows = np.flatnonzero(wanted).astype(np.int32)
-        return rows, np.flatnonzero(split == "val"), fingerprint([pairs["sample_id"].to_pylist(), rows.tolist()])
+        identity = fingerprint([pairs["sample_id"].to_pylist(), rows.tolist()])
+        return rows, np.flatnonzero((split == "val") & has_caption), identity, left_out
 
     shards = lake.shards()
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(scan, shards))
-    validation = [(shard << 32) + rows for shard, (_, rows, _) in zip(shards, found, strict=True)]
+    validation = [(shard << 32) + rows for shard, (_, rows, _, _) in zip(shards, found, strict=True)]
+    no_train, no_val = (sum(int(left_out[place]) for *_, left_out in found) for place in (0, 1))
+    if no_train or no_val:
+        logger.info(
+            "train: rows without a caption are left out: %d of the train split, %d of the val split", no_train, no_val
+        )
     return LakeRows(
         shards=tuple(shards),
-        train=tuple(rows for rows, _, _ in found),
+        train=tuple(rows for rows, *_ in found),
         validation=_validation_sample(validation, seed),
-        identity=fingerprint([digest for _, _, digest in found]),
+        identity=fingerprint([digest for _, _, digest, _ in found]),
+        without_caption=no_train,
     )
 
 
@@ -103,14 +117,21 @@ def build_order(rows: LakeRows, config: DataConfig, lake: Lake) -> Order:
     """The sample order of a run.
 
     Raises:
-        TrainError: There are fewer samples than one batch.
+        TrainError: There are fewer samples than one batch, or none has a caption.
     """
     order = Order(rows.shards, rows.train, config.batch_size, config.lanes, config.shuffle_shards, config.seed)
+    if not order.eligible and rows.without_caption:
+        raise TrainError(
+            f"{lake.uri} has no sample to train on: {rows.without_caption} rows of its train split have no caption, "
+            "and training compares pictures with texts. Ingest pairs with captions; pictures without any serve "
+            "`mmkd evaluate` alone."
+        )
     if order.steps_per_epoch == 0:
         raise TrainError(
             f"{lake.uri} has {order.eligible} samples to train on, fewer than one batch of {config.batch_size}. "
             f"Lower data.batch_size (--set data.batch_size=N, a multiple of data.lanes={config.lanes}), ingest more, "
             "or, in stage 2, loosen the selection."
+            + (f" {rows.without_caption} rows were left out for want of a caption." if rows.without_caption else "")
         )
     return order
 

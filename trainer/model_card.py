@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
+from common.captions import captioned
 from common.config import fingerprint
 from common.lake import Lake, now
 from common.models.spec import ModelSpec
@@ -103,10 +104,11 @@ def _loading(model_cfg: dict[str, Any]) -> str:
 
 
 def _pair_counts(lake: Lake) -> dict[str, Counter[str]]:
-    """Column -> value -> number of pairs."""
+    """Column -> value -> number of pairs; pictures without a caption are none, nothing was trained on them."""
     counts: dict[str, Counter[str]] = {"split": Counter(), "modality": Counter(), "license": Counter()}
     for shard in lake.shards():
-        table = lake.read_pairs(shard, ["modality", "license", "split"])
+        table = lake.read_pairs(shard, ["captions", "modality", "license", "split"])
+        table = table.filter(captioned(table["captions"]))
         for column, counter in counts.items():
             for entry in pc.value_counts(table[column]).to_pylist():
                 counter[entry["values"] or "not stated"] += entry["counts"]

@@ -20,7 +20,7 @@ from trainer.evaluation.charts import Chart, bar_chart, loss_chart, map_chart
 from trainer.evaluation.gallery import EmbeddingMap, GalleryItem
 from trainer.evaluation.scores import MEAN
 from trainer.evaluation.summary import Headline, headlines, summarise
-from trainer.evaluation.tables import Section, format_markdown, sections
+from trainer.evaluation.tables import Section, data_of, format_markdown, sections
 
 TEMPLATE = Path(__file__).parent / "report.html"
 
@@ -75,7 +75,7 @@ def render_markdown(content: ReportContent) -> str:
 def render_html(content: ReportContent) -> str:
     """The whole page as text."""
     dated = max(content.scores["created_at"].to_pylist()).replace("T", " ").removesuffix("+00:00")
-    datasets = ", ".join(dict.fromkeys(content.scores["dataset"].to_pylist()))
+    datasets = ", ".join("/".join(place) for place in data_of(content.scores))
     parts = [
         _summary(content),
         _bars(content),
@@ -111,7 +111,10 @@ def _tile(headline: Headline) -> str:
 
 def _bars(content: ReportContent) -> str:
     charts = [chart for chart in (bar_chart(content.scores, metric) for metric in ("accuracy", "auc")) if chart]
-    hint = "The thin line on a bar is the 95 % interval. Blue bars are students, the pale ones teachers."
+    hint = (
+        "The thin line on a bar is the 95 % interval. Blue bars are students, the pale ones teachers. "
+        "The dashed line is what guessing gives."
+    )
     return _section("By modality", hint, "\n".join(_chart(chart) for chart in charts)) if charts else ""
 
 
@@ -123,7 +126,8 @@ def _chart(chart: Chart) -> str:
 def _tables(content: ReportContent) -> str:
     hint = (
         "In percent, with 95 % bootstrap intervals; the best of a column is bold, students are tinted. Where intervals "
-        "overlap widely, the difference may be chance."
+        "overlap widely, the difference may be chance. The last rows say what guessing gives and how many samples the "
+        "figures are of."
     )
     tables = [_table(section) for section in sections(content.scores, ("accuracy", "auc", "f1"))]
     return _section("All figures", hint, "\n".join(tables))
@@ -143,6 +147,9 @@ def _table(section: Section) -> str:
             best = " best" if cell.best else ""
             cells.append(f'<td class="{place}{best}">{cell.value:.1f}{interval}</td>')
         lines.append(f'<tr class="{escape(kind)}"><td>{escape(model)}</td>{"".join(cells)}</tr>')
+    for name, *texts in section.footer:
+        cells = [f'<td class="{place}">{escape(text)}</td>' for text, place in zip(texts, kinds, strict=True)]
+        lines.append(f'<tr class="footer"><td>{escape(name)}</td>{"".join(cells)}</tr>')
     body = "\n".join(lines)
     return (
         f'<h3>{escape(section.title)}</h3><div class="scroll"><table><thead><tr><th>model</th>{head}</tr></thead>'
@@ -169,7 +176,7 @@ def _gallery(content: ReportContent) -> str:
 
 def _figure(item: GalleryItem) -> str:
     picture = base64.b64encode(item.jpeg).decode()
-    label = f", {item.label}" if item.label else ""
+    where = ", ".join([item.modality, *item.labels])
     found = "".join(
         f'<li class="{"right" if f.right else "other"}">{escape(f.caption)} {"<b>&#10003;</b> " if f.right else ""}'
         f'<span class="cosine">{f.cosine:.2f}</span></li>'
@@ -177,7 +184,7 @@ def _figure(item: GalleryItem) -> str:
     )
     return (
         f'<figure><img alt="{escape(item.captions[0])}" src="data:image/jpeg;base64,{picture}"><figcaption>'
-        f'<div class="where">{escape(item.modality + label)}</div>its caption: {escape(item.captions[0])}'
+        f'<div class="where">{escape(where)}</div>its caption: {escape(item.captions[0])}'
         f'<ol class="found">{found}</ol></figcaption></figure>'
     )
 

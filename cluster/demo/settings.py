@@ -12,6 +12,7 @@ from cluster.config import DemoConfig
 from cluster.demo.captions import zero_shot_prompts
 from cluster.demo.modalities import MODALITIES
 from cluster.demo.specialists import Specialist, write_model_folder
+from common.captions import captioned
 from common.lake import Lake
 from trainer.config import DataConfig, DistillConfig, ModelConfig, OptimConfig, ScaleConfig, Stage1Config, Stage2Config
 
@@ -39,6 +40,7 @@ def student_config(lake: Lake, home: Path, config: DemoConfig) -> tuple[Stage1Co
     for index in lake.shards():
         table = lake.read_pairs(index, ["captions", "split"])
         train = table.filter(pc.equal(table["split"], "train"))
+        train = train.filter(captioned(train["captions"]))
         rows += train.num_rows
         captions.update(pc.list_flatten(train["captions"]).to_pylist())
     if not (folder / "open_clip_config.json").exists():

@@ -14,6 +14,7 @@ from cluster.config import DemoConfig
 from cluster.demo.corpus import specialist_pairs
 from cluster.demo.settings import SPECIALISTS, specialist_for
 from cluster.demo.specialists import Specialist, make_corpus, train_specialist
+from common.captions import captioned
 from common.errors import ConfigError
 from common.lake import Lake
 from common.logs import logger
@@ -60,10 +61,11 @@ def train_on_pairs(lake: Lake, home: Path, config: DemoConfig) -> list[Specialis
 
 
 def rows_by_modality(lake: Lake, most: int) -> dict[str, list[dict[str, Any]]]:
-    """Modality -> its first train rows, at most ``most``; reads shard by shard and keeps no more than that."""
+    """Modality -> its first train rows with a caption, at most ``most``; reads shard by shard and keeps no more."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for index in lake.shards():
         table = lake.read_pairs(index, ["image", "captions", "modality", "split"])
+        table = table.filter(captioned(table["captions"]))
         for row in table.filter(pc.equal(table["split"], "train")).to_pylist():
             rows = found[row["modality"] or "unknown"]
             if len(rows) < most:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.captions import captioned
 from common.errors import LakeError, ModelError
 from common.images import UndecodableImageError
 from common.lake import open_lake
@@ -86,7 +87,7 @@ def read_golden(folder: str) -> Pairs:
 
 
 def read_lake_pairs(lake_uri: str, count: int = LAKE_PAIRS) -> Pairs:
-    """The first pairs of a lake with distinct captions.
+    """The first pairs of a lake with distinct captions; pictures without a caption are passed over.
 
     Raises:
         LakeError: There is no lake.
@@ -95,6 +96,7 @@ def read_lake_pairs(lake_uri: str, count: int = LAKE_PAIRS) -> Pairs:
     chosen: dict[str, bytes] = {}
     for shard in lake.shards():
         table = lake.read_pairs(shard, ["image", "captions"])
+        table = table.filter(captioned(table["captions"]))
         for image, captions in zip(table["image"], table["captions"], strict=True):
             if len(chosen) < count:
                 chosen.setdefault(captions[0].as_py(), image.as_py())

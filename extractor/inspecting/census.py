@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
+from common.captions import captioned
 from common.errors import LakeError, SchemaError, StorageError
 from common.lake import Lake
 from common.logs import logger
@@ -34,12 +35,14 @@ class Census:
         modalities: Names; a row's code is the place of its modality here.
         codes: int16 [pairs].
         digests: uint64 [pairs], equal where the pictures' bytes are.
+        without_caption: How many pairs have none.
     """
 
     rows: dict[int, int]
     modalities: list[str]
     codes: np.ndarray
     digests: np.ndarray
+    without_caption: int = 0
 
     @property
     def starts(self) -> dict[int, int]:
@@ -87,7 +90,7 @@ class Coverage:
 
 
 def count_pairs(lake: Lake) -> Census:
-    """Read the modality and the hash of every pair.
+    """Read the modality and the hash of every pair, and whether it has a caption.
 
     Raises:
         StorageError: A shard cannot be read.
@@ -95,17 +98,20 @@ def count_pairs(lake: Lake) -> Census:
     """
     codes, digests, rows = [np.empty(0, np.int16)], [np.empty(0, np.uint64)], {}
     names: dict[str, int] = {}
+    without_caption = 0
     shards = lake.shards()
-    for index, table in in_order(lambda shard: lake.read_pairs(shard, ["modality", "sha256"]), shards):
+    for index, table in in_order(lambda shard: lake.read_pairs(shard, ["captions", "modality", "sha256"]), shards):
         modalities = [value or NO_MODALITY for value in table["modality"].to_pylist()]
         codes.append(np.array([names.setdefault(name, len(names)) for name in modalities], np.int16))
         digests.append(np.array([_digest(text) for text in table["sha256"].to_pylist()], np.uint64))
         rows[index] = table.num_rows
+        without_caption += int((~captioned(table["captions"])).sum())
     # Names in alphabetical order, whatever order the shards brought them in.
     ordered = sorted(names)
     place = np.array([ordered.index(name) for name in names], np.int16)
     found = np.concatenate(codes)
-    return Census(rows, ordered, place[found] if len(found) else found, np.concatenate(digests))
+    codes_N = place[found] if len(found) else found
+    return Census(rows, ordered, codes_N, np.concatenate(digests), without_caption)
 
 
 def count_vectors(lake: Lake, teacher: str, census: Census) -> Coverage:

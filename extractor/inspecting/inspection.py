@@ -126,6 +126,7 @@ class Inspection:
             "lake": without_secrets(self.lake),
             "pairs": len(self.census.codes),
             "shards": len(self.census.rows),
+            "without_caption": self.census.without_caption,
             "modalities": self.census.by_modality(),
             "sampled": {"pairs": self.sampled, "shards": self.sampled_shards, "seed": self.seed},
             "rejects": [
@@ -172,6 +173,7 @@ def _look_at(lake: Lake, name: str, census: Census, drawn: Sample, found: Inspec
     coverage = count_vectors(lake, name, census)
     images, texts = read_vectors(lake, name, drawn)
     both = np.intersect1d(images.places, texts.places)
+    both = both[[bool(drawn.captions[place]) for place in both]]  # other tools may have stored vectors of no text
     matched = np.einsum("nd,nd->n", images.at(both), texts.at(both))
     cosines: dict[str, Cosines] = {}
     mismatched = [np.empty(0, np.float32)]

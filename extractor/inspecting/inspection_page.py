@@ -85,6 +85,11 @@ def remarks(found: Inspection) -> list[str]:
             f"{found.sampled_shards:,} of {len(found.census.rows):,} shards with seed {found.seed}; "
             "everything else is counted over all rows."
         )
+    if found.census.without_caption:
+        said.append(
+            f"{found.census.without_caption:,} pairs have no caption, and so no text vector and no cosine: they serve "
+            "evaluation by label."
+        )
     said.append(f"{found.equal_pictures:,} pictures in {found.equal_groups:,} groups have the same bytes as another.")
     if found.space is not None:
         said.append(

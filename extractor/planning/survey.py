@@ -70,13 +70,13 @@ class Survey:
 
     @cached_property
     def _sample(self) -> tuple[int, ShardShape, int, str]:
-        """A missing shard of usual size, its shape, its captions beyond the main ones, a name for its content."""
+        """A missing shard of usual size, its shape, how many captions its rows have, a name for its content."""
         shard = max(self.todo, key=lambda index: (self.rows[index], -index))
         pairs = self.lake.read_pairs(shard, ["sample_id", "captions"])
         captions = pairs["captions"].to_pylist()
         distinct = {caption for row in captions for caption in row}
         shape = ShardShape(len(captions), len(captions) * (1 + self.config.views.count), len(distinct))
-        return shard, shape, sum(map(len, captions)) - len(captions), fingerprint(pairs["sample_id"].to_pylist())
+        return shard, shape, sum(map(len, captions)), fingerprint(pairs["sample_id"].to_pylist())
 
     @property
     def shape(self) -> ShardShape:
@@ -96,8 +96,8 @@ class Survey:
         rows = sum(self.lake.storage.read_metadata(name)[0] for name in names)
         if rows:
             return sum(self.lake.storage.size(name) or 0 for name in names) / rows
-        description, (_, shape, extra, _) = self.inputs[teacher].description, self._sample
-        pictures, captions = shape.pictures / shape.rows, 1 + extra / shape.rows
+        description, (_, shape, all_captions, _) = self.inputs[teacher].description, self._sample
+        pictures, captions = shape.pictures / shape.rows, all_captions / shape.rows
         values = (description.image_dim or 0) * pictures + (description.text_dim or 0) * captions
         return BYTES_PER_VALUE[self.config.stored_precision] * values
 

@@ -132,6 +132,7 @@ def write_lake(
     fixed = {
         "image": b"",
         "captions": ["a"],
+        "labels": [],
         "source": "s",
         "source_key": "k",
         "width": 1,

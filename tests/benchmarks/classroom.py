@@ -214,7 +214,7 @@ def write_lake(uri: str, pictures: list[Picture], seed: int, val: set[str]) -> N
                 "image": p.image,
                 "captions": [caption(p, seed)],
                 "modality": p.modality,
-                "label": p.label,
+                "labels": [p.label],
                 "source": FIELDS[p.modality].folder,
                 "source_key": p.key,
                 "license": None,

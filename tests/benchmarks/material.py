@@ -104,6 +104,7 @@ def sample_row(row: int, jpeg: bytes) -> dict[str, Any]:
         "image": jpeg,
         "captions": [f"Finding {row % 97} in picture {row}: no sign of acute disease, the heart is of normal size."],
         "modality": "radiograph",
+        "labels": [],
         "source": "benchmark",
         "source_key": str(row),
         "license": "see the shared data",

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from changed_pairs import without_captions
 from PIL import Image
 
 from common.errors import SourceError
@@ -85,7 +86,7 @@ def lake_of(tmp_path: Path, table: str):
                 "image": image,
                 "captions": captions,
                 "modality": "MRI",
-                "label": None,
+                "labels": [],
                 "license": None,
                 "width": 1,
                 "height": 1,
@@ -223,6 +224,23 @@ def test_a_shard_holds_what_the_files_hold_and_nulls_elsewhere(published, tmp_pa
     assert find_valid(lake, "plip.imported", teachers[0].identity) == {0}
     rejects = lake.storage.read_table("rejects/stage=extract/teacher=plip.imported/shard-000000.parquet")
     assert rejects["sample_id"].to_pylist() == ["id-2", "id-3", "id-4"]
+
+
+def test_a_picture_whose_caption_the_lake_lacks_keeps_its_own_vector_alone(published, tmp_path):
+    published.add("told", speaking("PLIP", seed=1))
+    published.add("untold", speaking("PLIP", seed=2))
+    lake = without_captions(lake_of(tmp_path, published.table), lambda row: row == 1)
+    import_shard(lake, 0, published.table, [Imported("PLIP", 8)])
+    table = lake.read_features("plip.imported", 0)
+    assert table["image_embedding"].is_valid().to_pylist() == [True, True, False]
+    assert table["text_embedding"].is_valid().to_pylist() == [True, False, False]
+    assert table["text_norm"].is_valid().to_pylist() == [True, False, False]
+    assert table["extra_text_embeddings"].to_pylist() == [[], [], [None]]
+    teacher = Imported("PLIP", 8)
+    name = importing.select_present(lake, {teacher.partition: teacher.identity})
+    chosen = lake.storage.read_table(f"selection/{name}/teacher={teacher.partition}/shard-000000.parquet")
+    assert chosen["admitted"].to_pylist() == [True, False, False]
+    assert chosen["cosine"].is_valid().to_pylist() == [True, False, False]
 
 
 def test_vectors_are_rounded_to_the_precision_that_is_asked_for(published, tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from changed_pairs import without_captions
 
 from common.errors import ModelError
 from common.images import decode_rgb, fit
@@ -47,6 +48,12 @@ def test_fixed_rows_round_trip():
     column = pa.chunked_array([fixed_rows(array)])
     assert np.shares_memory(rows_of(column), array)  # a shard's pixels are not copied for each teacher
     assert rows_of(column.slice(1, 1)).tolist() == array[1:2].tolist()
+
+
+def test_null_rows_are_left_out_of_the_way_back():
+    array, absent = np.arange(12, dtype=np.int32).reshape(3, 4), np.array([False, True, False])
+    assert fixed_rows(array, absent).is_valid().to_pylist() == [True, False, True]
+    assert rows_of(fixed_rows(array, absent)).tolist() == array[~absent].tolist()
 
 
 def test_equal_geometries_and_tokenizers_share_one_column(make_lake, tmp_path, folders):
@@ -112,6 +119,56 @@ def stock_embeddings(folder, pairs: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     with torch.no_grad():
         image, text = model.get_image_features(**inputs).pooler_output, model.get_text_features(**tokens).pooler_output
     return torch.nn.functional.normalize(image).numpy(), torch.nn.functional.normalize(text).numpy()
+
+
+@pytest.mark.parametrize("name", ["a", "hf"])
+def test_a_row_without_captions_has_no_text_vector_and_no_reject(make_lake, tmp_path, folders, name):
+    told = Teacher(teacher_input(folders[name]), micro_batch=4)
+    whole = make_lake(tmp_path / "whole", rows=9, shard_rows=9, captions=3)
+    some = without_captions(make_lake(tmp_path / "some", rows=9, shard_rows=9, captions=3), lambda row: row % 3 == 1)
+    facts, before = told.embed(prepare_shard(whole, folders))
+    _, after = told.embed(prepare_shard(some, folders))
+    assert facts.rejects == []
+    check_table(after, before.schema, "features")
+    assert after["image_embedding"].equals(before["image_embedding"])
+    for row, (old, new) in enumerate(zip(before.to_pylist(), after.to_pylist(), strict=True)):
+        if row % 3 == 1:
+            assert new["text_embedding"] is new["text_norm"] is None
+            assert new["extra_text_embeddings"] == []
+        else:  # as if the others were not there
+            np.testing.assert_allclose(new["text_embedding"], old["text_embedding"], atol=1e-6)
+            assert new["text_norm"] == pytest.approx(old["text_norm"], rel=1e-6)
+            assert len(new["extra_text_embeddings"]) == row % 3
+
+
+@pytest.mark.parametrize("name", ["a", "hf"])
+def test_a_text_tower_alone_on_a_shard_without_captions(make_lake, tmp_path, folders, name):
+    lake = without_captions(make_lake(tmp_path / "lake", rows=5, shard_rows=5))
+    item = teacher_input(folders[name])
+    item = dataclasses.replace(item, description=restrict(item.description, "text"))
+    facts, features = Teacher(item, micro_batch=4).embed(Prepare(lake.uri, {"t": item}, {0: ("t",)}).prepare(0))
+    assert facts.rejects == []
+    assert facts.forwards == 0
+    assert features["text_embedding"].null_count == features["text_norm"].null_count == 5
+    assert features["extra_text_embeddings"].to_pylist() == [[]] * 5
+    assert features["sample_id"].equals(lake.read_pairs(0)["sample_id"])
+
+
+def test_a_text_that_fails_is_the_reject_of_its_own_row(make_lake, tmp_path, folders, monkeypatch):
+    """Not of the row that stands at its place among those with captions."""
+    lake = without_captions(make_lake(tmp_path / "lake", rows=6, shard_rows=6), lambda row: row in (0, 2))
+    teacher, table = Teacher(teacher_input(folders["a"]), micro_batch=4), prepare_shard(lake, folders)
+    broken = rows_of(table[teacher.teacher.tokens])[2]  # row 4, the third that has captions
+    real = teacher.model.encode_text
+
+    def encode(tokens: torch.Tensor) -> torch.Tensor:
+        lost = (tokens.cpu().numpy() == broken).all(axis=1)
+        return torch.where(torch.from_numpy(lost)[:, None], float("nan"), real(tokens))
+
+    monkeypatch.setattr(teacher.model, "encode_text", encode)
+    facts, features = teacher.embed(table)
+    assert [sample for sample, _, _ in facts.rejects] == [table["sample_id"][4].as_py()]
+    assert features["text_embedding"].is_null().to_pylist() == [True, False, True, False, True, False]
 
 
 def test_rows_are_aligned_unit_and_of_the_agreed_types(make_lake, tmp_path, folders):

@@ -184,7 +184,7 @@ def test_promise_07_hostile_pictures_are_in_the_ledger_once(shared_data, small_t
                 "image": data,
                 "captions": captions,
                 "modality": None,
-                "label": None,
+                "labels": [],
                 "source": "nasty",
                 "source_key": file.name,
                 "license": None,

@@ -28,17 +28,18 @@ def vector_column(rng: np.random.Generator, rows: int, dim: int, absent: tuple[i
 
 
 def features_of(lake: Lake, teacher: str, index: int, dim: int = 16) -> pa.Table:
-    """Vectors that follow from teacher and shard; the second row has no image vector."""
+    """Vectors that follow from teacher and shard; the second row lacks an image's, rows without captions a text's."""
     pairs = lake.read_pairs(index, ["sample_id", "captions"])
-    rows, extra = pairs.num_rows, [len(captions) - 1 for captions in pairs["captions"].to_pylist()]
+    rows, captions = pairs.num_rows, pairs["captions"].to_pylist()
+    extra, silent = [len(row[1:]) for row in captions], tuple(row for row in range(rows) if not captions[row])
     rng = np.random.default_rng(seed_of(teacher, index))
     offsets = pa.array(np.cumsum([0, *extra]).astype(np.int32))
     columns = [
         pairs["sample_id"].combine_chunks(),
         vector_column(rng, rows, dim, absent=(1,)),
         pa.array(rng.uniform(1, 9, rows).astype(np.float32), mask=np.arange(rows) == 1),
-        vector_column(rng, rows, dim),
-        pa.array(rng.uniform(1, 9, rows).astype(np.float32)),
+        vector_column(rng, rows, dim, absent=silent),
+        pa.array(rng.uniform(1, 9, rows).astype(np.float32), mask=np.isin(range(rows), silent)),
         pa.ListArray.from_arrays(offsets, vector_column(rng, sum(extra), dim)),
     ]
     return pa.table(columns, schema=features_schema(dim, dim))

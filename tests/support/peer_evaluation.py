@@ -109,7 +109,7 @@ def write_lake(folder: Path, rows: list[Row]) -> str:
             "image": row.image,
             "captions": [row.caption],
             "modality": row.modality,
-            "label": row.label,
+            "labels": [] if row.label is None else [row.label],
             "source": "peer",
             "source_key": str(number),
             "width": 1,

@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +87,7 @@ def pairs_table(samples: list[Sample]) -> pa.Table:
             "image": s.image,
             "captions": s.captions,
             "modality": s.colour,
-            "label": s.colour,
+            "labels": [s.colour],
             "source": "made-up",
             "source_key": s.sample_id,
             "license": None,
@@ -110,15 +110,15 @@ def features_table(samples: list[Sample], teacher: str, dim: int, speaks: Callab
     for s in samples:
         centre = rng(teacher, s.colour).normal(size=dim)
         noise = rng(teacher, s.sample_id)
-        vectors = [unit(centre + 0.3 * noise.normal(size=dim)) for _ in range(1 + len(s.captions))]
-        known = speaks(s)
+        vectors = [unit(centre + 0.3 * noise.normal(size=dim)) for _ in range(2 + len(s.captions[1:]))]
+        known, told = speaks(s), speaks(s) and bool(s.captions)
         rows.append(
             {
                 "sample_id": s.sample_id,
                 "image_embedding": vectors[0] if known else None,
                 "image_norm": 1.0 if known else None,
-                "text_embedding": vectors[1] if known else None,
-                "text_norm": 1.0 if known else None,
+                "text_embedding": vectors[1] if told else None,
+                "text_norm": 1.0 if told else None,
                 "extra_text_embeddings": vectors[2:] if known else None,
             }
         )
@@ -130,10 +130,17 @@ def selection_table(samples: list[Sample], admits: Callable[[Sample], bool]) -> 
     return pa.Table.from_pylist(rows, schema=SELECTION)
 
 
-def write_lake(uri: str, rows: int = 96, shard_rows: int = 24, val_share: float = 0.1) -> str:
-    """A lake with pairs, two teachers of different widths and a selection named ``sel``."""
+def write_lake(
+    uri: str,
+    rows: int = 96,
+    shard_rows: int = 24,
+    val_share: float = 0.1,
+    silent: Callable[[int], bool] = lambda index: False,
+) -> str:
+    """A lake with pairs, two teachers of different widths and a selection named ``sel``; ``silent`` rows no caption."""
     lake = create_lake(uri, shard_rows)
     samples = [make_sample(index, val_share) for index in range(rows)]
+    samples = [replace(s, captions=[]) if silent(index) else s for index, s in enumerate(samples)]
     teachers = {"alpha": (8, lambda s: True), "beta": (12, lambda s: s.colour != "red")}
     for shard in range(-(-rows // shard_rows)):
         part = samples[shard * shard_rows : (shard + 1) * shard_rows]
@@ -141,7 +148,8 @@ def write_lake(uri: str, rows: int = 96, shard_rows: int = 24, val_share: float 
         for name, (dim, speaks) in teachers.items():
             features = features_table(part, name, dim, speaks)
             lake.storage.write_table(f"{lake.features_folder(name)}/{shard_name(shard)}", features)
-            chosen = selection_table(part, lambda s, speaks=speaks: speaks(s) and int(s.sample_id, 16) % 7 != 0)
+            admits = lambda s, speaks=speaks: bool(s.captions) and speaks(s) and int(s.sample_id, 16) % 7 != 0  # noqa: E731
+            chosen = selection_table(part, admits)
             lake.storage.write_table(f"selection/sel/teacher={name}/{shard_name(shard)}", chosen)
     made = {name: {"name": name, "image_dim": dim, "text_dim": dim} for name, (dim, _) in teachers.items()}
     for name in teachers:
@@ -166,6 +174,12 @@ def student_folder(tmp_path) -> Path:
 @pytest.fixture
 def tiny_lake(tmp_path) -> str:
     return write_lake(str(tmp_path / "lake"))
+
+
+@pytest.fixture
+def silent_lake(tmp_path) -> str:
+    """The small lake in which every fifth row, and all of the third shard, has no caption."""
+    return write_lake(str(tmp_path / "lake"), silent=lambda index: index % 5 == 0 or 48 <= index < 72)
 
 
 def write_image_encoder(uri: str, dim: int = 10, name: str = "pixels") -> str:
@@ -202,3 +216,17 @@ def lake_with_image_encoder(tiny_lake) -> str:
     """The small lake with a third teacher, ``pixels``, that has no text tower."""
     write_image_encoder(tiny_lake)
     return tiny_lake
+
+
+@pytest.fixture
+def lake_without_red_captions(tmp_path) -> str:
+    """The small lake with ``pixels`` too, in which no picture of the modality ``red`` has a caption."""
+    uri = write_lake(str(tmp_path / "lake"), silent=lambda index: index % 3 == 0)
+    write_image_encoder(uri)
+    return uri
+
+
+@pytest.fixture
+def lake_without_captions(tmp_path) -> str:
+    """The small lake in which no picture has a caption."""
+    return write_lake(str(tmp_path / "lake"), silent=lambda index: True)

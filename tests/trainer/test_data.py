@@ -289,3 +289,42 @@ def test_the_data_fingerprint_follows_ids_and_admissions(tiny_lake):
     assert everything.identity == find_rows(lake, (), None, 1).identity
     assert sum(map(len, admitted.train)) < sum(map(len, everything.train))
     assert dataclasses.asdict(everything)["shards"] == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("teachers", [(), ("alpha", "beta")])
+def test_rows_without_a_caption_are_neither_trained_on_nor_validated_on(silent_lake, student_folder, teachers, caplog):
+    lake, selection = open_lake(silent_lake), "sel" if teachers else None
+    with caplog.at_level("INFO", "mmkd"):
+        rows = find_rows(lake, teachers, selection, 0)
+    pairs = [row for shard in lake.shards() for row in lake.read_pairs(shard).to_pylist()]
+    silent = [sum(not row["captions"] and row["split"] == split for row in pairs) for split in ("train", "val")]
+    assert all(silent)
+    assert f"{silent[0]} of the train split, {silent[1]} of the val split" in caplog.text
+    assert rows.without_caption == silent[0]
+    chosen = [(int(shard), int(row)) for shard, found in zip(rows.shards, rows.train, strict=True) for row in found]
+    chosen += [(int(place) >> 32, int(place) & 0xFFFFFFFF) for place in rows.validation]
+    tables = {shard: lake.read_pairs(shard)["captions"].to_pylist() for shard in lake.shards()}
+    assert all(tables[shard][row] for shard, row in chosen)
+    if not teachers:
+        assert len(chosen) == sum(bool(row["captions"]) and row["split"] != "test" for row in pairs)
+    order = build_order(rows, CONFIG, lake)
+    architecture = read_architecture(Storage(str(student_folder)))
+    data = TrainData(silent_lake, order, architecture, CONFIG.crop_scale, teachers, selection)
+    seen = [name for batch in local_batches(data, 0, order.steps_per_epoch) for name in batch.sample_ids]
+    told = {row["sample_id"] for row in pairs if row["captions"]}
+    assert len(seen) == order.steps_per_epoch * CONFIG.batch_size
+    assert set(seen) <= told
+    assert next(validation_batches(data, rows.validation)).sample_ids
+
+
+def test_a_lake_without_captions_cannot_be_trained_on(lake_without_captions):
+    lake = open_lake(lake_without_captions)
+    with pytest.raises(TrainError, match=r"rows of its train split have no caption.*Ingest pairs with captions"):
+        build_order(find_rows(lake, (), None, 0), CONFIG, lake)
+
+
+def test_a_lake_with_few_captions_says_what_was_left_out(silent_lake):
+    lake = open_lake(silent_lake)
+    rows = find_rows(lake, (), None, 0)
+    with pytest.raises(TrainError, match=f"fewer than one batch of 512.* {rows.without_caption} rows were left out"):
+        build_order(rows, DataConfig(batch_size=512), lake)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pyarrow as pa
 import pytest
+from changed_pairs import without_captions
 
 from common.errors import LakeError
 from common.lake import Lake, open_lake
@@ -59,6 +60,51 @@ def test_cosine_rank_and_quantile_are_those_of_the_rows_themselves(tiny_lake, te
         assert result["admitted"]
         checked += 1
     assert checked > 50
+
+
+def test_rows_without_a_caption_are_neither_scored_nor_candidates(silent_lake, caplog):
+    with caplog.at_level("INFO", "mmkd"):
+        name = select(silent_lake, EVERYONE)
+    rows, found = everything(silent_lake, "alpha"), selected(silent_lake, name, "alpha")
+    for row, result in zip(rows, found, strict=True):
+        if row["captions"]:
+            peers = [
+                one
+                for one in rows
+                if one["modality"] == row["modality"] and one["split"] == "train" and one["captions"]
+            ]
+            others = [one for one in peers if one["captions"][0] != row["captions"][0]]
+            assert result["candidates"] == len(others) + 1
+            assert result["admitted"]
+        else:
+            assert result["cosine"] is result["rank"] is result["cosine_quantile"] is result["candidates"] is None
+            assert not result["admitted"]
+    silent = sum(not row["captions"] for row in rows)
+    assert silent == 24 + 15
+    assert f"select: {silent} rows have no caption" in caplog.text
+    assert f"0 of {96 - silent} rows (0%) have no teacher" in caplog.text
+    assert open_lake(silent_lake).storage.read_json(f"selection/{name}/selection.json")["without_caption"] == silent
+
+
+def test_a_modality_without_any_caption_is_no_teachers_fault(lake_without_red_captions, caplog):
+    """No warning advises to loosen what would change nothing."""
+    uri = lake_without_red_captions
+    with caplog.at_level("INFO", "mmkd"):
+        name = select(uri, EVERYONE)
+    for teacher in ("alpha", "pixels"):
+        assert not any(row["admitted"] for row in selected(uri, name, teacher) if row["modality"] == "red")
+        assert any(row["admitted"] for row in selected(uri, name, teacher))
+    assert "select: 32 rows have no caption" in caplog.text
+    assert "WARNING" not in {record.levelname for record in caplog.records}
+
+
+def test_a_vector_that_was_stored_for_no_caption_does_not_count(tiny_lake):
+    """Other tools may have written features of texts that the lake does not have."""
+    lake = without_captions(open_lake(tiny_lake), lambda number: number == 3)
+    assert lake.read_features("alpha", 0)["text_embedding"][3].is_valid
+    row = selected(tiny_lake, select(tiny_lake, EVERYONE), "alpha")[3]
+    assert row["cosine"] is None
+    assert not row["admitted"]
 
 
 def test_the_best_matched_share_of_the_train_rows_is_kept_in_each_modality(tiny_lake):
@@ -313,8 +359,9 @@ def test_a_sample_is_of_bounded_size_and_does_not_depend_on_the_shards():
         for start in range(0, 5000, size):
             here = slice(start, start + size)
             count = len(order[here])
+            everywhere = np.ones(count, bool)
             rows = ShardRows(
-                0, [""] * count, np.full(count, "x", object), np.ones(count, bool), keys[here], order[here]
+                0, [""] * count, np.full(count, "x", object), everywhere, everywhere, keys[here], order[here]
             )
             yield rows, ShardVectors(vectors[0, here], vectors[1, here])
 

@@ -51,6 +51,9 @@ def align(lake_uri: str, config: AlignConfig) -> str:
         maps = standardise(rows)
     else:
         maps, facts["course"] = fit_paper(rows, config)
+    without = sum(rows.without_caption.values())
+    if without:
+        logger.info("align: %d train rows have no caption and are left out", without)
     facts["agreement"] = describe_agreement(take_sample(rows, config), maps)
     save_alignment(lake, identity, maps, facts)
     logger.info("align: wrote alignment/%s\n%s", name, format_agreement(facts["agreement"]))

@@ -62,7 +62,10 @@ class Chart(NamedTuple):
 
 
 def bar_chart(scores: pa.Table, metric: str = "accuracy") -> Chart | None:
-    """Zero-shot figures by modality, one bar per model with its 95 % interval; None if there are none."""
+    """Zero-shot figures by modality, one bar per model with its 95 % interval; None if there are none.
+
+    A dashed line across the bars of a modality is what guessing gives there.
+    """
     found = sections(scores, (metric,))
     if not found or not found[0].title.startswith("Zero-shot"):
         return None
@@ -75,6 +78,9 @@ def bar_chart(scores: pa.Table, metric: str = "accuracy") -> Chart | None:
         width = 0.82 / bars
         for position, colour in enumerate(colours):
             _bars(axes, section, position, np.arange(groups) + (position - (bars - 1) / 2) * width, width, colour)
+        for place, chance in enumerate(section.chances):
+            if chance is not None:
+                axes.plot([place - 0.45, place + 0.45], [chance] * 2, color=INK, linewidth=0.8, linestyle=(0, (3, 2)))
         if MEAN in section.columns:
             axes.axvline(section.columns.index(MEAN) - 0.5, color="#999999", linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set_xticks(np.arange(groups), section.columns)

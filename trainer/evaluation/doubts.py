@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from trainer.evaluation.embed import EmbeddedData
 
@@ -36,17 +37,48 @@ def few_captions(modality: str, count: int) -> str:
     )
 
 
-def describe_classes(embedded: EmbeddedData, classes: dict[str, tuple[str, ...]]) -> list[str]:
+def several_labels(embedded: EmbeddedData, classes: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """For each modality that is classified and has pictures of several labels: which figure is of which pictures."""
+    found = []
+    for modality in classes:
+        labels = _labels_of(embedded, modality)
+        several = sum(len(one) > 1 for one in labels)
+        if not several:
+            continue
+        single = {one[0] for one in labels if len(one) == 1}
+        others = (
+            f"accuracy and F1 are of the {len(labels) - several} pictures with one label alone"
+            if len(single) >= 2
+            else "accuracy and F1 are not given, for pictures with one label alone do not show two classes"
+        )
+        found.append(
+            f"{several} of {len(labels)} pictures of {modality} have several labels: {others}; AUC is of all, each "
+            "class against the rest by its own cosines."
+        )
+    return found
+
+
+def describe_classes(embedded: EmbeddedData, classes: Mapping[str, tuple[str, ...]]) -> list[str]:
     """For each modality that is classified how many pictures, of what, and what guessing would give."""
     found = []
     for modality in classes:
-        labels = [embedded.labels[place] for place in embedded.of_modality(modality)]
-        counts = Counter(label for label in labels if label is not None)
-        known, (largest, most) = sum(counts.values()), counts.most_common(1)[0]
+        labels = _labels_of(embedded, modality)
+        counts = Counter(label for one in labels for label in one)
         shown = ", ".join(f"{label} {count}" for label, count in counts.most_common(8))
         more = f" and {len(counts) - 8} more" if len(counts) > 8 else ""
-        found.append(
-            f"{modality}: {known} pictures, {len(classes[modality])} classes ({shown}{more}); guessing gives "
-            f"{100 / len(classes[modality]):.1f} %, always {largest!r} {100 * most / known:.1f} %"
-        )
+        line = f"{modality}: {len(labels)} pictures, {len(classes[modality])} classes ({shown}{more})"
+        # Only where a picture has one label is there one right answer to guess.
+        singles = Counter(one[0] for one in labels if len(one) == 1)
+        if singles:
+            largest, most = singles.most_common(1)[0]
+            line += (
+                f"; guessing gives {100 / len(classes[modality]):.1f} %, always {largest!r} "
+                f"{100 * most / singles.total():.1f} %"
+            )
+        found.append(line)
     return found
+
+
+def _labels_of(embedded: EmbeddedData, modality: str) -> list[tuple[str, ...]]:
+    """The labels of each picture of a modality that has some."""
+    return [embedded.labels[place] for place in embedded.of_modality(modality) if embedded.labels[place]]

@@ -27,9 +27,9 @@ class EmbeddedData:
 
     sample_ids: list[str] = field(default_factory=list)
     modalities: list[str] = field(default_factory=list)
-    labels: list[str | None] = field(default_factory=list)
+    labels: list[tuple[str, ...]] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
-    """The M distinct captions, in order of first occurrence."""
+    """The M distinct captions, in order of first occurrence; a picture without captions adds none."""
     pairs_P2: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
     """int64 rows (sample, caption)."""
     images: dict[str, np.ndarray] = field(default_factory=dict)
@@ -71,10 +71,10 @@ def embed_data(
             pairs += [(len(done.sample_ids), column) for column in columns]
             done.sample_ids.append(sample.sample_id)
             done.modalities.append(sample.modality)
-            done.labels.append(sample.label)
+            done.labels.append(sample.labels)
         progress.advance(len(samples))
     if not done.sample_ids:
-        raise EvaluateError(f"None of the {data.count} pictures of {data.name} could be decoded.")
+        raise EvaluateError(f"None of the {data.count} pictures of {data.words} could be decoded.")
     if len(done.sample_ids) < data.count:
         logger.info("evaluate: %d pictures could not be decoded", data.count - len(done.sample_ids))
     done.captions = list(caption_index)

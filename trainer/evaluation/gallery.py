@@ -34,7 +34,7 @@ class GalleryItem:
 
     jpeg: bytes
     modality: str
-    label: str | None
+    labels: tuple[str, ...]
     captions: tuple[str, ...]
     found: tuple[Found, ...]
 
@@ -64,7 +64,7 @@ def pictures_of(
         lake_uri: A lake with samples in ``config.split``.
         model: Usually the distilled student.
         config: The split, limit, batch size and seed are used.
-        pictures: In the gallery, dealt evenly to the modalities.
+        pictures: In the gallery, dealt evenly to the modalities; those without captions are not shown.
         captions: Best ones per picture, out of all distinct captions of the split.
         points: At most this many on the map.
     """
@@ -85,7 +85,7 @@ def pictures_of(
         found = tuple(
             Found(text, float(cosines_M[j]), text in sample.captions) for text, j in zip(texts, best, strict=True)
         )
-        items.append(GalleryItem(_thumbnail(sample.image), sample.modality, sample.label, sample.captions, found))
+        items.append(GalleryItem(_thumbnail(sample.image), sample.modality, sample.labels, sample.captions, found))
     kept = np.sort(rng(config.seed, "map").permutation(len(images_ND))[:points])
     points_N2, explained = principal_plane(images_ND[kept])
     return items, EmbeddingMap(model.name, points_N2, tuple(embedded.modalities[i] for i in kept), explained)
@@ -108,11 +108,13 @@ def principal_plane(vectors_ND: np.ndarray) -> tuple[np.ndarray, tuple[float, fl
 
 
 def _deal(embedded: EmbeddedData, pictures: int, seed: int) -> list[int]:
-    """Positions of the gallery's samples: one of each modality in turn."""
+    """Positions of the gallery's samples, which have captions: one of each modality in turn."""
+    captioned = set(embedded.pairs_P2[:, 0].tolist())
     shuffled = rng(seed, "gallery").permutation(len(embedded.sample_ids))
     by_modality: dict[str, list[int]] = {name: [] for name in sorted(set(embedded.modalities))}
     for i in shuffled:
-        by_modality[embedded.modalities[i]].append(int(i))
+        if int(i) in captioned:
+            by_modality[embedded.modalities[i]].append(int(i))
     rounds = [[queue[turn] for queue in by_modality.values() if turn < len(queue)] for turn in range(pictures)]
     return [i for turn in rounds for i in turn][:pictures]
 

@@ -7,7 +7,7 @@ Q = queries, M = candidates, P = matching (query, candidate) pairs, D = width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +69,34 @@ def macro_auc(probabilities_NC: np.ndarray, classes_N: np.ndarray, weights_BN: n
     return np.mean(areas, axis=0)
 
 
+def multilabel_auc(scores_NC: np.ndarray, truth_NC: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
+    """Area under the ROC curve of each class's own scores, averaged over classes that some samples have and some lack.
+
+    What scikit-learn's ``roc_auc_score(truth, scores, average="macro")`` gives for multi-hot truth, but that a class
+    of which nothing can be ranked is left out; a resample in which that is every class counts one half, like guessing.
+
+    Args:
+        scores_NC: Only the order within a column matters.
+        truth_NC: Bool, any number of classes for a sample.
+        weights_BN: Multiplicities.
+
+    Returns:
+        float64 [B].
+
+    Raises:
+        ValueError: No class can be ranked.
+    """
+    columns = [column for column in range(truth_NC.shape[1]) if 0 < truth_NC[:, column].sum() < len(truth_NC)]
+    if not columns:
+        raise ValueError("AUC needs a class that some samples have and some lack")
+    with np.errstate(invalid="ignore"):  # 0 / 0 where a resample holds only positives, or only negatives, of a class
+        areas_CB = np.stack([_auc(scores_NC[:, c], truth_NC[:, c], weights_BN) for c in columns])
+    known_CB = np.isfinite(areas_CB)
+    count_B = known_CB.sum(0)
+    mean_B: np.ndarray = np.where(known_CB, areas_CB, 0).sum(0) / np.maximum(count_B, 1)
+    return np.where(count_B > 0, mean_B, 0.5)
+
+
 def _auc(scores_N: np.ndarray, positive_N: np.ndarray, weights_BN: np.ndarray) -> np.ndarray:
     order_N = np.argsort(scores_N, kind="stable")
     starts = np.flatnonzero(np.diff(scores_N[order_N], prepend=np.nan) != 0)  # where each group of ties begins
@@ -88,7 +116,11 @@ CLASSIFICATION: dict[str, Metric] = {"accuracy": accuracy, "auc": macro_auc, "f1
 
 
 def classification_scores(
-    probabilities_NC: np.ndarray, classes_N: np.ndarray, resamples: int, rng: np.random.Generator
+    probabilities_NC: np.ndarray,
+    classes_N: np.ndarray,
+    resamples: int,
+    rng: np.random.Generator,
+    metrics: Sequence[str] = tuple(CLASSIFICATION),
 ) -> dict[str, Score]:
     """Accuracy, macro AUC and macro F1 with intervals from a stratified bootstrap.
 
@@ -97,19 +129,45 @@ def classification_scores(
         classes_N: The true class of each sample, 0..C-1; classes without samples take no part in AUC and F1.
         resamples: B. Each keeps the number of samples of every class.
         rng: The same state gives the same resamples, so that models can be compared on them.
+        metrics: Which of the three.
 
     Raises:
         ValueError: Fewer than two classes occur.
     """
+    chosen = {name: CLASSIFICATION[name] for name in metrics}
     once = np.ones((1, len(classes_N)))
-    values = {name: float(metric(probabilities_NC, classes_N, once)[0]) for name, metric in CLASSIFICATION.items()}
-    chunks: dict[str, list[np.ndarray]] = {name: [] for name in CLASSIFICATION}
+    values = {name: float(metric(probabilities_NC, classes_N, once)[0]) for name, metric in chosen.items()}
+    chunks: dict[str, list[np.ndarray]] = {name: [] for name in chosen}
     at_once = max(1, CELLS_AT_ONCE // len(classes_N))
     for start in range(0, resamples, at_once):
         weights_BN = stratified_weights(classes_N, min(at_once, resamples - start), rng)
-        for name, metric in CLASSIFICATION.items():
+        for name, metric in chosen.items():
             chunks[name].append(metric(probabilities_NC, classes_N, weights_BN))
-    return {name: Score(values[name], np.concatenate(chunks[name]), len(classes_N)) for name in CLASSIFICATION}
+    return {name: Score(values[name], np.concatenate(chunks[name]), len(classes_N)) for name in chosen}
+
+
+def multilabel_score(scores_NC: np.ndarray, truth_NC: np.ndarray, resamples: int, rng: np.random.Generator) -> Score:
+    """:func:`multilabel_auc` with an interval from a plain bootstrap.
+
+    Not a stratified one: almost every sample may have a set of classes of its own, and would then be in every resample.
+
+    Args:
+        scores_NC: One row per sample.
+        truth_NC: Bool, any number of classes for a sample.
+        resamples: B.
+        rng: The same state gives the same resamples.
+
+    Raises:
+        ValueError: No class can be ranked.
+    """
+    count = len(truth_NC)
+    value = float(multilabel_auc(scores_NC, truth_NC, np.ones((1, count)))[0])
+    chunks = []
+    at_once = max(1, CELLS_AT_ONCE // count)
+    for start in range(0, resamples, at_once):
+        weights_BN = stratified_weights(np.zeros(count, int), min(at_once, resamples - start), rng)
+        chunks.append(multilabel_auc(scores_NC, truth_NC, weights_BN))
+    return Score(value, np.concatenate(chunks), count)
 
 
 def stratified_weights(classes_N: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:

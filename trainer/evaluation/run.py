@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -13,13 +14,13 @@ from common.errors import ConfigError, EvaluateError
 from common.lake import open_lake
 from common.logs import logger
 from trainer.config import EvaluateConfig
-from trainer.evaluation.doubts import FEW_CAPTIONS, describe_classes, few_captions
+from trainer.evaluation.doubts import FEW_CAPTIONS, describe_classes, few_captions, several_labels
 from trainer.evaluation.embed import EmbeddedData, embed_data
 from trainer.evaluation.models import LoadedModel, ModelUnderTest, has_both_towers, load_under_test
 from trainer.evaluation.prompts import PromptTemplates, load_templates
 from trainer.evaluation.retrieval import caption_counts, retrieval
-from trainer.evaluation.samples import lake_data
-from trainer.evaluation.scores import Measured, scores_table
+from trainer.evaluation.samples import EvaluationData, lake_data
+from trainer.evaluation.scores import Measured, Provenance, scores_table
 from trainer.evaluation.zero_shot import classifiable, zero_shot
 
 
@@ -56,35 +57,50 @@ def evaluate(lake_uri: str, models: Sequence[ModelUnderTest], config: EvaluateCo
     embedded = embed_data(data, loaded, config.batch_size, main_caption_only=config.captions == "main")
     classes = classifiable(embedded, data.classes) if "zero_shot" in config.tasks else {}
     if "zero_shot" in config.tasks and not data.classes:
-        logger.warning("evaluate: no pair of %s has a label, so there is nothing to classify", data.name)
-    for line in describe_classes(embedded, classes):
+        logger.warning("evaluate: no pair of %s has a label, so there is nothing to classify", data.words)
+    doubts = several_labels(embedded, classes)
+    for line in (*describe_classes(embedded, classes), *doubts):
         logger.info("evaluate: %s", line)
-    doubts: list[str] = []
     if "retrieval" in config.tasks:
+        _say_without_captions(embedded)
         counts = caption_counts(embedded)
         doubts += [few_captions(name, count) for name, count in counts.items() if 2 <= count < FEW_CAPTIONS]
+    name = _name(loaded, config, templates, data)
     tables = []
     for model in loaded:
         logger.info("evaluate: scoring %s", model.name)
         measured = list(_measure(model, embedded, classes, templates, config, doubts))
-        tables.append(scores_table(measured, model.name, model.kind, data.name, model.description.weights_sha256))
+        weights = model.description.weights_sha256
+        tables.append(scores_table(measured, Provenance(name, model.name, model.kind, data.name, data.split, weights)))
     scores = pa.concat_tables(tables)
     if not scores.num_rows:
         raise EvaluateError(
-            f"Nothing can be measured on {data.name} with tasks {', '.join(config.tasks)}: zero_shot takes a modality "
+            f"Nothing can be measured on {data.words} with tasks {', '.join(config.tasks)}: zero_shot takes a modality "
             "with samples of two labels, retrieval takes two samples with different captions."
         )
-    name = fingerprint(
+    path = f"scores/{name}.parquet"
+    lake.storage.write_table(path, scores, {"mmkd.evaluate_config": config.model_dump_json()})
+    return Evaluation(scores, f"{lake.uri}/{path}", tuple(doubts))
+
+
+def _name(
+    models: Sequence[LoadedModel], config: EvaluateConfig, templates: PromptTemplates, data: EvaluationData
+) -> str:
+    """Of the file: depends on everything that determines the scores."""
+    return fingerprint(
         {
-            "models": {model.name: model.description.identity() for model in loaded},
+            "models": {model.name: model.description.identity() for model in models},
             "config": config.model_dump(mode="json", exclude={"templates"}),
             "templates": templates.model_dump(mode="json"),
             "data": data.identity,
         }
     )
-    path = f"scores/{name}.parquet"
-    lake.storage.write_table(path, scores, {"mmkd.evaluate_config": config.model_dump_json()})
-    return Evaluation(scores, f"{lake.uri}/{path}", tuple(doubts))
+
+
+def _say_without_captions(embedded: EmbeddedData) -> None:
+    without = len(embedded.sample_ids) - len(np.unique(embedded.pairs_P2[:, 0]))
+    if without:
+        logger.info("evaluate: %d pictures have no caption; retrieval leaves them out", without)
 
 
 def _measure(

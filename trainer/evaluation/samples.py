@@ -1,4 +1,4 @@
-"""What is measured on: rows of picture, captions, label and modality, whatever they come from.
+"""What is measured on: rows of picture, captions, labels and modality, whatever they come from.
 
 A further source of data is one more function that returns an ``EvaluationData``.
 """
@@ -27,7 +27,8 @@ class Sample(NamedTuple):
     image: bytes
     captions: tuple[str, ...]
     modality: str
-    label: str | None
+    labels: tuple[str, ...]
+    """Distinct; often one or none."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class EvaluationData:
     """A set of samples that can be streamed, with the classes of its modalities known beforehand."""
 
     name: str
+    """Of the lake."""
+    split: str
     classes: dict[str, tuple[str, ...]]
     """Modality -> distinct labels, sorted; modalities without labels are absent."""
     count: int
@@ -42,6 +45,11 @@ class EvaluationData:
     """What determines the samples, as JSON-able values; part of the fingerprint of the scores."""
     stream: Callable[[], Iterator[list[Sample]]]
     """Yields the samples shard by shard, at most one shard in memory, the same order each time."""
+
+    @property
+    def words(self) -> str:
+        """The lake and the split as messages name them."""
+        return f"{self.name}/{self.split}"
 
 
 def lake_data(lake: Lake, split: str, limit: int | None = None) -> EvaluationData:
@@ -55,10 +63,10 @@ def lake_data(lake: Lake, split: str, limit: int | None = None) -> EvaluationDat
     ids = hashlib.sha256()
     count = 0
     for shard in lake.shards():
-        for row in lake.read_pairs(shard, ["sample_id", "modality", "label", "split"]).to_pylist():
+        for row in lake.read_pairs(shard, ["sample_id", "modality", "labels", "split"]).to_pylist():
             splits[row["split"]] = splits.get(row["split"], 0) + 1
-            if row["label"] is not None:
-                labels.setdefault(row["modality"] or UNSPECIFIED, set()).add(row["label"])
+            if row["labels"]:
+                labels.setdefault(row["modality"] or UNSPECIFIED, set()).update(row["labels"])
             if row["split"] == split and (limit is None or count < limit):
                 ids.update(row["sample_id"].encode())
                 count += 1
@@ -68,7 +76,8 @@ def lake_data(lake: Lake, split: str, limit: int | None = None) -> EvaluationDat
             "Choose another with --set split=..., or ingest data whose split column or share of test samples fits."
         )
     return EvaluationData(
-        name=f"{lake.uri.rstrip('/').rsplit('/', 1)[-1]}/{split}",
+        name=lake.uri.rstrip("/").rsplit("/", 1)[-1],
+        split=split,
         classes={modality: tuple(sorted(found)) for modality, found in sorted(labels.items())},
         count=count,
         identity={"split": split, "samples": count, "sample_ids_sha256": ids.hexdigest()},
@@ -78,19 +87,21 @@ def lake_data(lake: Lake, split: str, limit: int | None = None) -> EvaluationDat
 
 def _stream(lake: Lake, split: str, count: int) -> Iterator[list[Sample]]:
     left = count
-    columns = ["sample_id", "image", "captions", "modality", "label", "split"]
+    columns = ["sample_id", "image", "captions", "modality", "labels", "split"]
     for shard in lake.shards():
         if not left:
             return
         table = lake.read_pairs(shard, columns)
         rows = table.filter(pc.equal(table["split"], split)).to_pylist()
-        samples = [
-            Sample(r["sample_id"], r["image"], tuple(r["captions"]), r["modality"] or UNSPECIFIED, r["label"])
-            for r in islice(rows, left)
-        ]
+        samples = [_sample(row) for row in islice(rows, left)]
         left -= len(samples)
         if samples:
             yield samples
+
+
+def _sample(row: dict[str, Any]) -> Sample:
+    captions, labels = tuple(row["captions"]), tuple(dict.fromkeys(row["labels"]))
+    return Sample(row["sample_id"], row["image"], captions, row["modality"] or UNSPECIFIED, labels)
 
 
 def find_samples(data: EvaluationData, wanted: set[str]) -> dict[str, Sample]:

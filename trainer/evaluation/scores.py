@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import pyarrow as pa
 
 from common.lake import Lake, now
 from common.schemas import SCORES, check_table
-from trainer.evaluation.metrics import Score
+from trainer.evaluation.metrics import Score, mean_score
 
 ALL = "all"
 """Stands in the modality column for figures over everything at once."""
@@ -24,29 +24,50 @@ class Measured(NamedTuple):
     modality: str
     metric: str
     score: Score
+    classes: int | None = None
+    """How many a classification chose among."""
+    chance: float | None = None
+    """What guessing gives; None where that is no one number."""
 
 
-def scores_table(
-    measured: Iterable[Measured], model: str, model_kind: str, dataset: str, weights_sha256: str | None
-) -> pa.Table:
+class Provenance(NamedTuple):
+    """What all figures of one model have in common."""
+
+    evaluation: str
+    """Name of the file that they go to."""
+    model: str
+    model_kind: str
+    dataset: str
+    split: str
+    weights_sha256: str | None
+
+
+def mean_over_modalities(found: Sequence[Measured]) -> Measured:
+    """The unweighted mean of one figure over modalities, and of what guessing gives where that is known for all."""
+    chances = [one.chance for one in found]
+    known = [chance for chance in chances if chance is not None]
+    chance = sum(known) / len(known) if len(known) == len(chances) else None
+    return Measured(found[0].task, MEAN, found[0].metric, mean_score([one.score for one in found]), chance=chance)
+
+
+def scores_table(measured: Iterable[Measured], of: Provenance) -> pa.Table:
     """The figures of one model in the SCORES schema, with 95 % intervals."""
     created_at = now()
     rows = []
-    for task, modality, metric, score in measured:
-        low, high = score.interval()
+    for one in measured:
+        low, high = one.score.interval()
         rows.append(
             {
-                "model": model,
-                "model_kind": model_kind,
-                "task": task,
-                "dataset": dataset,
-                "modality": modality,
-                "metric": metric,
-                "value": score.value,
+                **of._asdict(),
+                "task": one.task,
+                "modality": one.modality,
+                "metric": one.metric,
+                "value": one.score.value,
                 "low": low,
                 "high": high,
-                "n": score.n,
-                "weights_sha256": weights_sha256,
+                "n": one.score.n,
+                "classes": one.classes,
+                "chance": one.chance,
                 "created_at": created_at,
             }
         )

@@ -65,6 +65,8 @@ def _sentence(standing: _Standing) -> str:
     student, before, teacher = standing.student, standing.before, standing.teacher
     over = f"on average over {standing.modalities} modalities" if standing.modalities > 1 else "on one modality"
     text = f"{student['model']} reaches {_percent(student)} {standing.words} {over}"
+    if student["chance"] is not None:
+        text += f" (guessing: {100 * student['chance']:.1f} %)"
     if teacher is not None:
         text += f"; the best teacher on average, {teacher['model']}, reaches {_percent(teacher)}"
         text += f" ({_difference(student, teacher)})"

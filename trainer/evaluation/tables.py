@@ -10,6 +10,8 @@ from trainer.evaluation.scores import ALL, MEAN
 
 METRIC_TITLES = {"accuracy": "accuracy", "auc": "AUC (one against the rest, macro)", "f1": "F1 (macro)"}
 DIRECTIONS = {"image_to_text": "I2T", "text_to_image": "T2I"}
+GUESSING, COUNT = "(guessing)", "(n)"
+"""First cells of the rows below the models: what guessing gives in percent, and how many samples a figure is of."""
 DIRECTION_WORDS = "I2T: image to text, T2I: text to image"
 
 
@@ -37,10 +39,22 @@ class Section:
     models: list[str]
     kinds: list[str]
     cells: list[list[Cell | None]]
+    chances: list[float | None]
+    """For each column what guessing gives, in percent; None where that is no one number."""
+    counts: list[int]
+    """For each column how many samples its figures are of."""
+
+    @property
+    def footer(self) -> list[list[str]]:
+        """Rows below the models: a name, then a text for each column. What guessing gives only where it is known."""
+        rows = [[COUNT, *(str(count) for count in self.counts)]]
+        if any(chance is not None for chance in self.chances):
+            rows.insert(0, [GUESSING, *("-" if chance is None else f"{chance:.1f}" for chance in self.chances)])
+        return rows
 
 
 def sections(scores: pa.Table, metrics: tuple[str, ...] = ("accuracy", "auc")) -> list[Section]:
-    """Arrange scores for people: zero-shot figures by modality, then recall by cut-off, per data set.
+    """Arrange scores for people: zero-shot figures by modality, then recall by cut-off, per lake and split.
 
     Args:
         scores: Of the SCORES schema; models stay in the order they have there.
@@ -48,11 +62,11 @@ def sections(scores: pa.Table, metrics: tuple[str, ...] = ("accuracy", "auc")) -
     """
     rows = scores.to_pylist()
     models = list(dict.fromkeys((row["model"], row["model_kind"]) for row in rows))
-    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    places = data_of(scores)
     found = []
-    for dataset in datasets:
-        mine = [row for row in rows if row["dataset"] == dataset]
-        suffix = f" on {dataset}" if len(datasets) > 1 else ""
+    for place in places:
+        mine = [row for row in rows if (row["dataset"], row["split"]) == place]
+        suffix = f" on {'/'.join(place)}" if len(places) > 1 else ""
         for metric in metrics:
             chosen = {
                 (r["model"], r["modality"]): r for r in mine if r["task"] == "zero_shot" and r["metric"] == metric
@@ -65,6 +79,11 @@ def sections(scores: pa.Table, metrics: tuple[str, ...] = ("accuracy", "auc")) -
             columns = list(dict.fromkeys(column for _, column in chosen))
             found.append(_section(f"Retrieval, {words}, percent{suffix} ({DIRECTION_WORDS})", models, chosen, columns))
     return [section for section in found if section.columns]
+
+
+def data_of(scores: pa.Table) -> list[tuple[str, str]]:
+    """The lakes and splits that scores are of, in order of first occurrence."""
+    return list(dict.fromkeys(zip(scores["dataset"].to_pylist(), scores["split"].to_pylist(), strict=True)))
 
 
 def _mean_last(chosen: dict[tuple[str, str], dict]) -> list[str]:
@@ -90,7 +109,16 @@ def _section(
     for name, _ in shown:
         rows = [chosen.get((name, column)) for column in columns]
         cells.append([_cell(r, best[c]) if r else None for r, c in zip(rows, columns, strict=True)])
-    return Section(title, columns, [name for name, _ in shown], [kind for _, kind in shown], cells)
+    first = {wanted: next(row for (_, column), row in chosen.items() if column == wanted) for wanted in columns}
+    return Section(
+        title,
+        columns,
+        [name for name, _ in shown],
+        [kind for _, kind in shown],
+        cells,
+        [None if row["chance"] is None else 100 * row["chance"] for row in first.values()],
+        [row["n"] for row in first.values()],
+    )
 
 
 def _cell(row: dict, best: float | None) -> Cell:
@@ -122,6 +150,7 @@ def _aligned(section: Section, intervals: bool) -> list[str]:
     grid = [["model", *(f"{column} " for column in section.columns)]]
     for model, row in zip(section.models, section.cells, strict=True):
         grid.append([model, *(show(cell, column) for cell, column in zip(row, section.columns, strict=True))])
+    grid += [[name, *(f"{text} " for text in texts)] for name, *texts in section.footer]
     widths = [max(len(line[i]) for line in grid) for i in range(len(grid[0]))]
     texts = [
         line[0].ljust(widths[0]) + "".join("  " + text.rjust(w) for text, w in zip(line[1:], widths[1:], strict=True))
@@ -139,5 +168,6 @@ def format_markdown(scores: pa.Table, metrics: tuple[str, ...] = ("accuracy", "a
         for model, row in zip(section.models, section.cells, strict=True):
             texts = ["-" if c is None else f"**{c.text(True)}**" if c.best else c.text(True) for c in row]
             lines.append(f"| {model} | {' | '.join(texts)} |")
+        lines += [f"| {' | '.join(row)} |" for row in section.footer]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"

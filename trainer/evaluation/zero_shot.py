@@ -1,11 +1,16 @@
 """Zero-shot classification per modality: a picture's class is the one whose prompts it is closest to.
 
-N = samples of a modality, C = its classes, D = width.
+A picture may have several labels. AUC then takes classes one by one, each ranked by its own cosines: probabilities
+that sum to one, which serve where every picture has one label, would set the labels of a picture against each other.
+Accuracy and F1 ask for the one class of a picture, so they are of the pictures with one label alone.
+
+N = samples of a modality that have labels, C = its classes, D = width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import softmax
@@ -14,31 +19,67 @@ from common.logs import logger
 from common.seeding import rng
 from trainer.evaluation.doubts import one_answer, same_prompts
 from trainer.evaluation.embed import EmbeddedData
-from trainer.evaluation.metrics import Score, classification_scores, mean_score
+from trainer.evaluation.metrics import Score, classification_scores, multilabel_score
 from trainer.evaluation.models import LoadedModel
 from trainer.evaluation.prompts import PromptTemplates
-from trainer.evaluation.scores import MEAN, Measured
+from trainer.evaluation.scores import Measured, mean_over_modalities
 
 TASK = "zero_shot"
 
 
+@dataclass(frozen=True)
+class Truth:
+    """The samples of a modality that have labels, and which."""
+
+    rows_N: np.ndarray
+    """Their positions, ascending."""
+    has_NC: np.ndarray
+    """Bool."""
+
+    @property
+    def is_single(self) -> np.ndarray:
+        """Bool: the samples of exactly one label."""
+        return self.has_NC.sum(1) == 1
+
+    @property
+    def several(self) -> int:
+        """How many samples have several labels."""
+        return int((~self.is_single).sum())
+
+    @property
+    def singles_can_be_scored(self) -> bool:
+        """Whether samples of exactly one label have two classes among them."""
+        return int(self.has_NC[self.is_single].any(0).sum()) >= 2
+
+
+def truth_of(embedded: EmbeddedData, modality: str, classes: tuple[str, ...]) -> Truth:
+    """Which samples of a modality have which of its classes."""
+    rows_N = np.array([i for i in embedded.of_modality(modality) if embedded.labels[i]], np.int64)
+    column = {label: place for place, label in enumerate(classes)}
+    has_NC = np.zeros((len(rows_N), len(classes)), bool)
+    for place, row in enumerate(rows_N):
+        has_NC[place, [column[label] for label in embedded.labels[row]]] = True
+    return Truth(rows_N, has_NC)
+
+
 def classifiable(embedded: EmbeddedData, classes: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """The modalities that can be scored: at least two classes, of which at least two have samples here.
+    """The modalities that can be scored: at least two classes, and samples here that differ in their labels.
 
     The others are named in the log.
     """
     chosen = {}
     for modality in sorted(set(embedded.modalities)):
         known = classes.get(modality, ())
-        present = {embedded.labels[i] for i in embedded.of_modality(modality)} - {None}
-        if len(known) >= 2 and len(present) >= 2:
+        present_C = truth_of(embedded, modality, known).has_NC
+        if len(known) >= 2 and (present_C != present_C[:1]).any():
             chosen[modality] = known
         else:
             logger.info(
-                "zero-shot: %s is skipped: it takes two classes with samples, and it has %d classes, %d with samples",
+                "zero-shot: %s is skipped: it takes two classes with samples, and it has %d classes, %d with samples%s",
                 modality,
                 len(known),
-                len(present),
+                present_C.any(0).sum(),
+                ", the same for all of them" if present_C.any(0).sum() > 1 else "",
             )
     return chosen
 
@@ -86,23 +127,40 @@ def zero_shot(
         seed: Of the bootstrap.
         doubts: Gets a sentence for each figure that does not mean what it seems to.
     """
-    by_metric: dict[str, list[Score]] = {}
+    by_metric: dict[str, list[Measured]] = {}
     for modality, labels in classes.items():
         directions_CD = class_directions(model, labels, modality, templates, batch_size)
-        rows = np.array([i for i in embedded.of_modality(modality) if embedded.labels[i] is not None])
-        truth_N = np.array([labels.index(str(embedded.labels[i])) for i in rows])
-        logits_NC = model.encoder.logit_scale * (embedded.images[model.name][rows] @ directions_CD.T)
+        truth = truth_of(embedded, modality, labels)
+        logits_NC = model.encoder.logit_scale * (embedded.images[model.name][truth.rows_N] @ directions_CD.T)
         alike = alike_classes(directions_CD)
         if alike:
             doubts.append(same_prompts(model.name, modality, [[labels[place] for place in group] for group in alike]))
-        predicted_N = logits_NC.argmax(1)
-        if np.ptp(predicted_N) == 0:
-            doubts.append(one_answer(model.name, modality, labels[predicted_N[0]], len(rows)))
-        scores = classification_scores(
-            softmax(logits_NC.astype(np.float64), axis=1), truth_N, resamples, rng(seed, TASK, modality)
-        )
-        for metric, score in scores.items():
-            by_metric.setdefault(metric, []).append(score)
-            yield Measured(TASK, modality, metric, score)
-    for metric, found in by_metric.items():
-        yield Measured(TASK, MEAN, metric, mean_score(found))
+        predicted_N = logits_NC[truth.is_single].argmax(1)
+        if len(predicted_N) and np.ptp(predicted_N) == 0:
+            doubts.append(one_answer(model.name, modality, labels[predicted_N[0]], len(predicted_N)))
+        for metric, score in _scores(logits_NC, truth, modality, resamples, seed).items():
+            one = Measured(TASK, modality, metric, score, len(labels), _chance(metric, len(labels)))
+            by_metric.setdefault(metric, []).append(one)
+            yield one
+    for found in by_metric.values():
+        yield mean_over_modalities(found)
+
+
+def _scores(logits_NC: np.ndarray, truth: Truth, modality: str, resamples: int, seed: int) -> dict[str, Score]:
+    single_N = truth.is_single
+    probabilities = softmax(logits_NC[single_N].astype(np.float64), axis=1)
+    classes = truth.has_NC[single_N].argmax(1)
+    if not truth.several:
+        return classification_scores(probabilities, classes, resamples, rng(seed, TASK, modality))
+    found = {}
+    if truth.singles_can_be_scored:
+        wanted = ("accuracy", "f1")
+        found = classification_scores(probabilities, classes, resamples, rng(seed, TASK, modality), wanted)
+    # The model's scale is one number for all classes: it does not change the order of a class's own cosines.
+    draw = rng(seed, TASK, modality, "several labels")
+    return {**found, "auc": multilabel_score(logits_NC, truth.has_NC, resamples, draw)}
+
+
+def _chance(metric: str, classes: int) -> float | None:
+    """Of a guess that gives every class alike; F1 then depends on how frequent the classes are."""
+    return {"accuracy": 1 / classes, "auc": 0.5}.get(metric)

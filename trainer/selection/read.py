@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from common.captions import captioned
 from common.errors import LakeError
 from common.lake import Lake, check_same_samples, shard_name
 from common.parquet_reading import single_chunk
@@ -25,15 +25,17 @@ class ShardRows:
     sample_id: list[str]
     modality_N: np.ndarray
     is_train_N: np.ndarray
+    has_caption_N: np.ndarray
+    """Bool: a row without one is never scored, and no teacher speaks for it, since stage 2 does not train on it."""
     caption_key_N: np.ndarray
-    """Int64: equal for captions that differ in case and outer space only."""
+    """Int64: equal for captions that differ in case and outer space only; 0 without one."""
     order_N: np.ndarray
     """Int64: a draw by the seed and the sample's id, by which candidates are sampled whatever the shards' order."""
 
 
 @dataclass(frozen=True)
 class ShardVectors:
-    """One teacher's unit vectors of a shard, with NaN rows for nulls."""
+    """One teacher's unit vectors of a shard, with NaN rows for nulls and for texts of rows without a caption."""
 
     image_ND: np.ndarray
     text_ND: np.ndarray
@@ -49,13 +51,14 @@ class ShardVectors:
 def read_rows(lake: Lake, shard: int, seed: int) -> ShardRows:
     """The light columns of a shard of pairs."""
     table = lake.read_pairs(shard, ["sample_id", "captions", "modality", "split"])
-    ids, captions = table["sample_id"].to_pylist(), pc.list_element(table["captions"], 0).to_pylist()
+    ids, captions = table["sample_id"].to_pylist(), table["captions"].to_pylist()
     return ShardRows(
         shard=shard,
         sample_id=ids,
         modality_N=np.array(table["modality"].fill_null(NO_MODALITY).to_pylist(), object),
         is_train_N=np.array(table["split"].to_pylist(), object) == "train",
-        caption_key_N=np.array([seed_of(caption.strip().lower()) >> 1 for caption in captions], np.int64),
+        has_caption_N=captioned(table["captions"]),
+        caption_key_N=np.array([seed_of(row[0].strip().lower()) >> 1 if row else 0 for row in captions], np.int64),
         order_N=np.array([seed_of(seed, sample_id) >> 1 for sample_id in ids], np.int64),
     )
 
@@ -72,7 +75,10 @@ def read_shards(lake: Lake, teacher: str, shards: list[int], seed: int) -> Itera
         ids = pa.table({"sample_id": pa.array(rows.sample_id, pa.string())})
         place = f"{lake.uri}/{lake.features_folder(teacher)}/{shard_name(shard)}"
         check_same_samples(table.select(["sample_id"]), ids, place)
-        yield rows, ShardVectors(vectors_of(table["image_embedding"]), vectors_of(table["text_embedding"]))
+        text_ND = vectors_of(table["text_embedding"])
+        # Other tools may have stored a vector of whatever text they had.
+        text_ND[~rows.has_caption_N] = np.nan
+        yield rows, ShardVectors(vectors_of(table["image_embedding"]), text_ND)
 
 
 def vectors_of(column: pa.ChunkedArray) -> np.ndarray:

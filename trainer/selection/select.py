@@ -17,7 +17,7 @@ from trainer.selection.rule import Rule
 from trainer.selection.stored import MANIFEST
 from trainer.selection.summary import format_found_first, format_silent, format_summary, format_totals, keep_rates_chart
 from trainer.selection.survey import survey_teacher
-from trainer.selection.tally import Tally, tally
+from trainer.selection.tally import NO_ROWS, Tally, tally
 
 CHART = "keep-rates.svg"
 
@@ -58,11 +58,12 @@ def select(lake_uri: str, config: SelectConfig) -> str:
     if config.keep_one:
         keep_one(lake, f"selection/{name}", teachers, shards, summary)
     counts = tally(lake, f"selection/{name}", teachers, shards)
-    for (teacher, modality), count in counts.teachers.items():
-        summary[teacher][modality].update(count.report)
+    for teacher, modalities in summary.items():
+        for modality, entry in modalities.items():
+            entry.update(counts.teachers.get((teacher, modality), NO_ROWS).report)
     lake.storage.write_bytes(f"selection/{name}/{CHART}", keep_rates_chart(summary).encode())
     rows = {modality: heard._asdict() for modality, heard in counts.modalities.items()}
-    facts = {"teachers": teachers, "summary": summary, "rows": rows}
+    facts = {"teachers": teachers, "summary": summary, "rows": rows, "without_caption": counts.without_caption}
     # Written last: a folder without it is an unfinished selection, which readers ignore.
     claim_partition(lake.storage, manifest, identity, "", facts)
     _report(name, config, counts, summary)
@@ -77,6 +78,12 @@ def _report(name: str, config: SelectConfig, counts: Tally, summary: dict[str, d
         format_found_first(summary),
     )
     logger.info("select: %s", format_totals(counts))
+    if counts.without_caption:
+        logger.info(
+            "select: %d rows have no caption: they are not scored, no teacher speaks for them, and they are in none of "
+            "these figures",
+            counts.without_caption,
+        )
     silent = format_silent(counts, summary)
     if silent:
         logger.warning(
@@ -100,13 +107,13 @@ def select_for(lake: Lake, folder: str, teacher: str, shards: list[int], config:
 
 
 def admit_image_encoder(lake: Lake, folder: str, teacher: str, shards: list[int]) -> dict[str, Any]:
-    """A teacher without a text tower cannot be scored by captions: it speaks for every picture it has embedded.
+    """A teacher without a text tower cannot be scored by captions: it speaks for all pairs whose picture it embedded.
 
     Stage 2 uses it for the similarities among pictures, and for its head.
     """
     modalities: set[str] = set()
     for rows, vectors in read_shards(lake, teacher, shards, 0):
-        present_N = np.isfinite(vectors.image_ND[:, 0])
+        present_N = np.isfinite(vectors.image_ND[:, 0]) & rows.has_caption_N
         columns = {
             **{field.name: pa.nulls(len(present_N), field.type) for field in SELECTION},
             "sample_id": pa.array(rows.sample_id, pa.string()),

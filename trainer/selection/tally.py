@@ -1,4 +1,7 @@
-"""What a selection came to, counted in the files that it wrote: the report then says what stage 2 will find there."""
+"""What a selection came to, counted in the files that it wrote: the report then says what stage 2 will find there.
+
+Rows without a caption are counted apart, since stage 2 takes none of them whoever speaks.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from common.captions import captioned
 from common.lake import Lake, shard_name
 
 READERS = 8
-"""Shards counted at once: three light columns of each, which is less than the vectors of one."""
+"""Shards counted at once: captions and three light columns of each, which is less than the vectors of one."""
 
 
 class Count(NamedTuple):
@@ -47,6 +51,10 @@ class Count(NamedTuple):
         }
 
 
+NO_ROWS = Count(0, 0, 0, 0, 0)
+"""Of a modality in which no row has a caption."""
+
+
 class Heard(NamedTuple):
     """Rows of one modality, whoever speaks for them."""
 
@@ -61,6 +69,8 @@ class Tally:
     teachers: dict[tuple[str, str], Count]
     """(Teacher, modality) -> its rows."""
     modalities: dict[str, Heard]
+    without_caption: int = 0
+    """Rows of all modalities, in none of the other counts."""
 
 
 def tally(lake: Lake, folder: str, teachers: Sequence[str], shards: Sequence[int]) -> Tally:
@@ -74,31 +84,37 @@ def tally(lake: Lake, folder: str, teachers: Sequence[str], shards: Sequence[int
     """
     spoken: dict[tuple[str, str], np.ndarray] = {}
     heard: dict[str, np.ndarray] = {}
+    without_caption = 0
     with ThreadPoolExecutor(READERS) as pool:
-        for by_teacher, by_modality in pool.map(functools.partial(_count_shard, lake, folder, teachers), shards):
+        count_one = functools.partial(_count_shard, lake, folder, teachers)
+        for by_teacher, by_modality, silent in pool.map(count_one, shards):
             for key, numbers in by_teacher.items():
                 spoken[key] = spoken.get(key, 0) + numbers
             for modality, numbers in by_modality.items():
                 heard[modality] = heard.get(modality, 0) + numbers
+            without_caption += silent
     return Tally(
         {key: Count(*numbers.tolist()) for key, numbers in spoken.items()},
         {modality: Heard(*numbers.tolist()) for modality, numbers in sorted(heard.items())},
+        without_caption,
     )
 
 
 def _count_shard(
     lake: Lake, folder: str, teachers: Sequence[str], shard: int
-) -> tuple[dict[tuple[str, str], np.ndarray], dict[str, np.ndarray]]:
+) -> tuple[dict[tuple[str, str], np.ndarray], dict[str, np.ndarray], int]:
     by_teacher: dict[tuple[str, str], np.ndarray] = {}
+    has_caption = captioned(lake.read_pairs(shard, ["captions"])["captions"])
     admitted = []
     for teacher in teachers:
         file = f"{folder}/teacher={teacher}/{shard_name(shard)}"
-        table = lake.storage.read_table(file, ["modality", "rank", "admitted"])
+        table = lake.storage.read_table(file, ["modality", "rank", "admitted"]).filter(has_caption)
         admitted.append(table["admitted"])
         first = pc.fill_null(pc.equal(table["rank"], 1), False)
         counts = _sums(table["modality"], pc.is_valid(table["rank"]), admitted[-1], first, pc.and_(first, admitted[-1]))
         by_teacher.update({(teacher, modality): numbers for modality, numbers in counts.items()})
-    return by_teacher, _sums(table["modality"], pc.invert(functools.reduce(pc.or_, admitted)))
+    alone = pc.invert(functools.reduce(pc.or_, admitted))
+    return by_teacher, _sums(table["modality"], alone), int((~has_caption).sum())
 
 
 def _sums(modality: pa.ChunkedArray, *flags: pa.ChunkedArray) -> dict[str, np.ndarray]:

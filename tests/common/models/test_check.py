@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from changed_pairs import without_captions
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -283,6 +284,13 @@ def test_pairs_of_a_lake(make_lake, tmp_path):
         read_lake_pairs(str(tmp_path / "small"))
     with pytest.raises(LakeError, match="There is no lake at"):
         read_lake_pairs(str(tmp_path / "none"))
+
+
+def test_pictures_without_captions_are_passed_over(make_lake, tmp_path):
+    lake = without_captions(make_lake(tmp_path / "lake", rows=20), lambda row: row in (0, 2))
+    pairs = read_lake_pairs(lake.uri, count=8)
+    assert pairs.captions[:2] == ["finding 1 in picture 1", "finding 3 in picture 3"]
+    assert pairs.images[1] == lake.read_pairs(0)["image"][3].as_py()
 
 
 # --- Models that are broken inside.

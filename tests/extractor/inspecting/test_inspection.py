@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pyarrow as pa
 import pytest
+from changed_pairs import without_captions
 from PIL import Image
 
 from common.errors import LakeError
@@ -129,6 +130,17 @@ def test_cosines_are_those_of_a_plain_loop(lake):
         assert one.mismatched.low >= min(mismatched) - 1e-6
         assert one.mismatched.high <= max(mismatched) + 1e-6
         assert 0 <= one.true_wins <= 1
+
+
+def test_pictures_without_captions_have_no_cosine_and_are_counted(lake):
+    without_captions(lake, lambda row: row in (0, 2, 19))
+    embed(lake, "both", directions(20), directions(20, 1))
+    found = inspect_lake(lake.uri, sample=1000)
+    matched = {modality: one.matched.count for modality, one in found.teachers[0].cosines.items()}
+    assert matched == {"(all)": 17, "ct": 8, "mri": 9}
+    assert found.to_json()["without_caption"] == 3
+    assert "3 pairs have no caption" in render_text(found)
+    assert "3 pairs have no caption" in render_html(found)
 
 
 def test_a_teacher_that_knows_wins_and_one_that_guesses_does_not():

@@ -1,6 +1,7 @@
 import re
 
 import pytest
+from changed_pairs import without_captions
 
 from common.errors import ClusterError, ConfigError
 from extractor.config import ExtractConfig, HardwareConfig, ViewsConfig
@@ -62,6 +63,23 @@ def test_only_what_is_missing_is_planned_for(make_lake, tmp_path, folders):
     assert by_teacher["a"].bytes_per_row == pytest.approx(written / 8)
     assert by_teacher["b"].bytes_per_row == pytest.approx(1.77 * 24 * 2.5)
     assert plan.bytes == round(12 * written / 8) + round(20 * 1.77 * 24 * 2.5)
+
+
+def test_pictures_without_captions_take_no_text_vectors(make_lake, tmp_path, folders):
+    lake = without_captions(make_lake(tmp_path / "lake", rows=8, shard_rows=8), lambda row: row < 4)
+    plan = make_plan(
+        survey_lake(lake.uri, asked_for({"b": folders["b"]})), PlanConfig(rates={"b": 100}, decode_rate=20)
+    )
+    # A picture a row; of the four rows with captions, two have two.
+    assert plan.missing[0].bytes_per_row == pytest.approx(1.77 * 24 * (1 + 6 / 8))
+
+
+@pytest.mark.parametrize("towers", ["both", "text"])
+def test_rates_are_measured_where_no_picture_has_a_caption(make_lake, tmp_path, folders, towers):
+    lake = without_captions(make_lake(tmp_path / "lake", rows=8, shard_rows=8))
+    plan = make_plan(survey_lake(lake.uri, asked_for({"a": folders["a"]}, towers=towers)))
+    assert plan.expected_rates()["teacher=a"] > 0
+    assert plan.seconds > 0
 
 
 def test_when_nothing_is_missing_nothing_is_measured(make_lake, tmp_path, folders):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from changed_pairs import without_captions
 from embedded import embed, features_of, identity_of, with_a_flipped_bit
 
 from common.errors import LakeError, LeaseError
@@ -45,6 +46,15 @@ def restore(lake: Lake) -> None:
     missing = set(lake.shards()) - find_valid(lake, "t", IDENTITY)
     embed(lake, "t", shards=sorted(missing))
     assert verify(lake.uri, pairs=True).findings == []
+
+
+def test_pictures_without_captions_are_no_fault(make_lake, tmp_path):
+    lake = without_captions(make_lake(tmp_path / "lake", rows=20, shard_rows=8), lambda row: row % 3 == 0 or row >= 16)
+    embed(lake, "t")
+    assert lake.read_features("t", 2, ["text_norm"])["text_norm"].null_count == 4  # the whole shard
+    report = verify(lake.uri, pairs=True)
+    assert report.findings == []
+    assert report.teachers == {"t": Tally(good=3, bad=0)}
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])

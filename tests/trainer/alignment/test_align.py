@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from changed_pairs import without_captions
 
 from common.errors import LakeError, TrainError
 from common.lake import open_lake
@@ -42,6 +43,23 @@ def test_standardised_vectors_have_mean_0_and_variance_1_over_the_rows_that_coun
             mapped = alignment.maps[teacher][side](admitted(tiny_lake, teacher, side))
             np.testing.assert_allclose(mapped.mean(axis=0), 0, atol=1e-4)
             np.testing.assert_allclose(mapped.var(axis=0).mean(), 1, rtol=1e-3)
+
+
+def test_rows_without_a_caption_are_left_out_whoever_may_speak(tiny_lake, caplog):
+    """A selection that another tool made may admit them."""
+    lake = without_captions(open_lake(tiny_lake), lambda number: number % 4 == 0)
+    silent = [
+        not row["captions"]
+        for shard in lake.shards()
+        for row in lake.read_pairs(shard).to_pylist()
+        if row["split"] == "train"
+    ]
+    rows = TrainRows(lake, "sel", BOTH)
+    read = [rows.read(shard)["alpha"]["image"] for shard in lake.shards()]
+    assert sum(map(len, read)) == len(silent) - sum(silent)
+    with caplog.at_level("INFO", "mmkd"):
+        align(tiny_lake, AlignConfig())
+    assert f"align: {sum(silent)} train rows have no caption and are left out" in caplog.text
 
 
 def test_the_papers_space_is_one_for_all_teachers(tiny_lake):

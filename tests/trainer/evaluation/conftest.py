@@ -108,7 +108,7 @@ def pair(number: int, modality: str, label: str, split: str, rng: np.random.Gene
         "image": picture(label, rng),
         "captions": captions,
         "modality": modality,
-        "label": label,
+        "labels": [label],
         "source": "test",
         "source_key": str(number),
         "license": "CC-BY" if number % 3 else None,

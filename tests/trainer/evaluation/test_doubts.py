@@ -52,7 +52,7 @@ def test_classes_are_counted_and_guessing_is_priced(small_lake, model_folder, ca
 def test_a_lake_without_labels_says_so(small_lake, model_folder, tmp_path, caplog):
     bare = create_lake(str(tmp_path / "bare"), 40)
     for index in small_lake.shards():
-        rows = [{**row, "label": None} for row in small_lake.read_pairs(index).to_pylist()]
+        rows = [{**row, "labels": []} for row in small_lake.read_pairs(index).to_pylist()]
         bare.storage.write_table(f"pairs/{shard_name(index)}", pa.Table.from_pylist(rows, schema=PAIRS))
     with caplog.at_level(logging.WARNING):
         evaluate(bare.uri, [find_model(f"first={model_folder('a')}", {})], CONFIG)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from changed_pairs import change_rows, without_captions
 from PIL import Image
 
 from common.errors import EvaluateError
@@ -16,6 +17,7 @@ from trainer.evaluation.gallery import EmbeddingMap, pictures_of, principal_plan
 from trainer.evaluation.models import find_model
 from trainer.evaluation.run import evaluate
 from trainer.evaluation.summary import summarise
+from trainer.evaluation.tables import sections
 from trainer.report import ReportContent, render_html, write_report
 
 CONFIG = EvaluateConfig(bootstraps=20)
@@ -49,7 +51,7 @@ def content(small_lake, model_folder, checkpoint) -> ReportContent:
 def scores_of(rows: list[tuple]) -> pa.Table:
     """Zero-shot accuracies: (model, kind, modality, value, low, high)."""
     names = ("model", "model_kind", "modality", "value", "low", "high")
-    fixed = {"task": "zero_shot", "dataset": "d", "metric": "accuracy", "n": 9, "weights_sha256": None}
+    fixed = {"task": "zero_shot", "dataset": "d", "split": "test", "metric": "accuracy", "n": 9, "weights_sha256": None}
     full = [{**dict(zip(names, row, strict=True)), **fixed, "created_at": "2030-01-01T00:00:00+00:00"} for row in rows]
     return pa.Table.from_pylist(full, schema=SCORES)
 
@@ -97,6 +99,49 @@ def test_the_gallery_deals_pictures_to_modalities_and_marks_right_captions(conte
         assert len(item.found) == 2
         assert item.found[0].cosine >= item.found[1].cosine
         assert all(found.right == (found.caption in item.captions) for found in item.found)
+
+
+def test_the_gallery_shows_labels_and_leaves_out_pictures_without_captions(small_lake, checkpoint):
+    run = Path(small_lake.uri) / "runs" / "stage2"
+    checkpoint(run, seed=3)
+    student = find_model(f"distilled={run}", {})
+    change_rows(small_lake, lambda number, row: {**row, "labels": [*row["labels"], "second"][: number % 3]})
+    without_captions(small_lake, lambda number: number % 2 == 0)
+    gallery, _ = pictures_of(small_lake.uri, student, CONFIG, pictures=9, captions=2)
+    assert all(item.captions for item in gallery)
+    assert len({item.labels for item in gallery}) > 2
+    scores = scores_of([("t1", "teacher", "ct", 0.8, 0.7, 0.9)])
+    page = render_html(ReportContent("Labels", scores, gallery=gallery))
+    (both, *_) = [item for item in gallery if len(item.labels) == 2]
+    assert f"{both.modality}, {both.labels[0]}, second</div>its caption" in page
+    without_captions(small_lake)
+    gallery, embedding_map = pictures_of(small_lake.uri, student, CONFIG)
+    assert gallery == []
+    assert len(embedding_map.points_N2) == 48
+
+
+def test_tables_and_summary_say_what_guessing_gives(content):
+    page, (text, *_) = render_html(content), summarise(content.scores)
+    assert "% zero-shot accuracy on average over 2 modalities (guessing: 41.7 %)" in text
+    assert page.count("<td>(guessing)</td>") == 4  # accuracy, AUC and two tables of recall; for F1 it is no one number
+    assert page.count("<td>(n)</td>") == 5
+    assert "Measured on lake/test," in page
+    dashes = bar_chart(content.scores).svg.count("stroke-dasharray")
+    unknown = content.scores.set_column(
+        content.scores.schema.get_field_index("chance"), "chance", pa.nulls(content.scores.num_rows, pa.float64())
+    )
+    assert bar_chart(unknown).svg.count("stroke-dasharray") == dashes - 3  # fundus, x-ray, mean
+    assert "guessing" not in summarise(unknown)[0]
+
+
+def test_splits_of_one_lake_have_tables_of_their_own():
+    scores = scores_of([("t1", "teacher", "ct", 0.8, 0.7, 0.9)])
+    place = scores.schema.get_field_index("split")
+    other = scores.set_column(place, scores.schema.field(place), pa.array(["val"]))
+    assert [section.title for section in sections(pa.concat_tables([scores, other]))] == [
+        "Zero-shot accuracy, percent on d/test",
+        "Zero-shot accuracy, percent on d/val",
+    ]
 
 
 def test_the_principal_plane_is_the_one_of_a_full_decomposition():

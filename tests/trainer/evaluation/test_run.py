@@ -5,6 +5,7 @@ import numpy as np
 import pyarrow.compute as pc
 import pytest
 import torch
+from changed_pairs import change_rows, without_captions
 from PIL import Image
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
@@ -14,6 +15,7 @@ from common.schemas import SCORES, check_table
 from trainer.config import EvaluateConfig
 from trainer.evaluation.models import find_model
 from trainer.evaluation.prompts import load_templates
+from trainer.evaluation.retrieval import recall_by_chance
 from trainer.evaluation.run import evaluate
 from trainer.evaluation.samples import lake_data
 from trainer.evaluation.scores import read_scores
@@ -25,6 +27,11 @@ CONFIG = EvaluateConfig(bootstraps=50, batch_size=32)
 def value(scores, **where) -> float:
     (row,) = [row for row in scores.to_pylist() if all(row[key] == wanted for key, wanted in where.items())]
     return row["value"]
+
+
+def value_of(scores, column: str, **where):
+    (row,) = [row for row in scores.to_pylist() if all(row[key] == wanted for key, wanted in where.items())]
+    return row[column]
 
 
 @pytest.fixture
@@ -61,7 +68,7 @@ def test_zero_shot_scores_equal_a_computation_with_stock_open_clip_and_scikit_le
         directions.append(mean / np.linalg.norm(mean))
         start += len(group)
     logits = torch.from_numpy(scale * images @ np.stack(directions).T)
-    truth = [labels.index(sample.label) for sample in samples]
+    truth = [labels.index(*sample.labels) for sample in samples]
     expected = {
         "accuracy": accuracy_score(truth, logits.argmax(1)),
         "f1": f1_score(truth, logits.argmax(1), average="macro", zero_division=0.0),
@@ -70,6 +77,114 @@ def test_zero_shot_scores_equal_a_computation_with_stock_open_clip_and_scikit_le
     for metric, reference in expected.items():
         measured = value(scores, task="zero_shot", modality="fundus", metric=metric)
         assert measured == pytest.approx(reference, abs=1e-3), metric
+
+
+def fundus_logits(small_lake, folder, labels):
+    """Stock open_clip's logits of the test split's fundus pictures that have labels, and the samples."""
+    samples = [s for shard in lake_data(small_lake, "test").stream() for s in shard]
+    samples = [s for s in samples if s.modality == "fundus" and s.labels]
+    prompts = [load_templates(None).prompts(label, "fundus") for label in labels]
+    images, texts, scale = stock_embeddings(folder, samples, [text for group in prompts for text in group])
+    means = [part.mean(0) for part in np.split(texts, np.cumsum([len(group) for group in prompts])[:-1])]
+    directions = np.stack([mean / np.linalg.norm(mean) for mean in means])
+    return scale * images @ directions.T, samples
+
+
+def test_several_labels_are_scored_as_scikit_learn_scores_multi_hot_truth(small_lake, model_folder, caplog):
+    folder, labels = model_folder("a"), ["cyst", "lesion", "normal"]
+
+    by_number = {1: [], 2: ["lesion", "cyst", "lesion"], 3: ["normal"]}
+
+    def relabel(number: int, row: dict) -> dict:
+        return {**row, "labels": by_number.get(number % 4, row["labels"])} if row["modality"] == "fundus" else row
+
+    change_rows(small_lake, relabel)
+    with caplog.at_level("INFO", "mmkd"):
+        result = evaluate(small_lake.uri, [find_model(f"first={folder}", {})], CONFIG)
+    logits, samples = fundus_logits(small_lake, folder, labels)
+    truth = np.array([[label in sample.labels for label in labels] for sample in samples])
+    single = truth.sum(1) == 1
+    assert 0 < single.sum() < len(samples)
+    answers, right = logits[single].argmax(1), truth[single].argmax(1)
+    expected = {
+        "auc": (roc_auc_score(truth, logits, average="macro"), len(samples)),
+        "accuracy": (accuracy_score(right, answers), single.sum()),
+        "f1": (f1_score(right, answers, average="macro", labels=np.unique(right), zero_division=0.0), single.sum()),
+    }
+    for metric, (reference, count) in expected.items():
+        (row,) = [row for row in result.scores.to_pylist() if (row["modality"], row["metric"]) == ("fundus", metric)]
+        assert row["value"] == pytest.approx(reference, abs=1e-3), metric
+        assert (row["n"], row["classes"]) == (count, 3)
+        assert row["low"] <= row["value"] <= row["high"]
+    several = len(samples) - single.sum()
+    (doubt,) = [doubt for doubt in result.doubts if "several labels" in doubt]
+    assert doubt.startswith(f"{several} of {len(samples)} pictures of fundus have several labels")
+    assert f"accuracy and F1 are of the {single.sum()} pictures with one label alone" in doubt
+    assert doubt in caplog.text
+
+
+def test_where_every_picture_has_several_labels_there_is_auc_alone(small_lake, two_models):
+    sets = [["cyst", "lesion"], ["lesion", "normal"], ["cyst", "normal"]]
+    change_rows(
+        small_lake,
+        lambda number, row: {**row, "labels": sets[number % 3] if row["modality"] == "fundus" else row["labels"]},
+    )
+    result = evaluate(small_lake.uri, two_models[:1], CONFIG)
+    rows = [row for row in result.scores.to_pylist() if row["task"] == "zero_shot"]
+    assert {row["metric"] for row in rows if row["modality"] == "fundus"} == {"auc"}
+    assert {row["metric"] for row in rows if row["modality"] == "x-ray"} == {"accuracy", "auc", "f1"}
+    counts = {row["metric"]: row["n"] for row in rows if row["modality"] == "mean"}
+    assert counts["auc"] > counts["accuracy"]  # the mean of accuracy is of X-rays alone
+    assert any("accuracy and F1 are not given" in doubt for doubt in result.doubts)
+    columns = [section.columns for section in sections(result.scores)[:2]]
+    assert columns == [["x-ray", "mean"], ["fundus", "x-ray", "mean"]]
+
+
+def test_labels_that_are_the_same_for_all_tell_nothing(small_lake, two_models, caplog):
+    change_rows(
+        small_lake,
+        lambda _, row: {**row, "labels": ["cyst", "lesion"] if row["modality"] == "fundus" else row["labels"]},
+    )
+    with caplog.at_level("INFO", "mmkd"):
+        scores = evaluate(small_lake.uri, two_models[:1], CONFIG).scores
+    assert "fundus" not in {row["modality"] for row in scores.to_pylist() if row["task"] == "zero_shot"}
+    assert "fundus is skipped" in caplog.text
+    assert "2 with samples, the same for all of them" in caplog.text
+
+
+def test_pictures_without_captions_are_classified_and_not_retrieved(small_lake, two_models, caplog):
+    full = evaluate(small_lake.uri, two_models[:1], CONFIG)
+    kinds = small_lake.read_pairs(0)["modality"].to_pylist() + small_lake.read_pairs(1)["modality"].to_pylist()
+    without_captions(small_lake, lambda number: number % 5 == 0 or kinds[number] == "x-ray")
+    with caplog.at_level("INFO", "mmkd"):
+        found = evaluate(small_lake.uri, two_models[:1], CONFIG)
+
+    def of(scores, task):
+        return {
+            (row["modality"], row["metric"]): (row["value"], row["n"])
+            for row in scores.to_pylist()
+            if row["task"] == task
+        }
+
+    assert of(found.scores, "zero_shot") == of(full.scores, "zero_shot")
+    told = [s for shard in lake_data(small_lake, "test").stream() for s in shard if s.captions]
+    counts = of(found.scores, "retrieval")
+    assert counts["all", "image_to_text_recall@1"][1] == len(told) < 48
+    assert counts["all", "text_to_image_recall@1"][1] == len({text for s in told for text in s.captions})
+    assert not any(modality == "x-ray" for modality, _ in counts)
+    assert f"{48 - len(told)} pictures have no caption; retrieval leaves them out" in caplog.text
+    assert "retrieval: x-ray is skipped: 0 pictures with captions" in caplog.text
+    # Fewer pictures to choose from than if those without captions were among the candidates.
+    chance = value_of(found.scores, "chance", modality="all", metric="text_to_image_recall@1")
+    assert chance >= 1 / len(told)
+
+
+def test_a_lake_without_captions_is_classified(small_lake, two_models):
+    without_captions(small_lake)
+    scores = evaluate(small_lake.uri, two_models[:1], CONFIG).scores
+    assert set(scores["task"].to_pylist()) == {"zero_shot"}
+    with pytest.raises(EvaluateError, match="Nothing can be measured on lake/test"):
+        evaluate(small_lake.uri, two_models[:1], CONFIG.model_copy(update={"tasks": ("retrieval",)}))
 
 
 def test_retrieval_scores_equal_a_plain_count(small_lake, model_folder):
@@ -109,6 +224,33 @@ def test_scores_table_is_whole_and_written(small_lake, two_models):
         for modality in ("x-ray", "fundus")
     ]
     assert mean == pytest.approx(np.mean(parts))
+
+
+def test_scores_say_split_classes_chance_and_their_file(small_lake, two_models):
+    result = evaluate(small_lake.uri, two_models, CONFIG)
+    rows = result.scores.to_pylist()
+    assert {(row["dataset"], row["split"]) for row in rows} == {("lake", "test")}
+    assert {f"{small_lake.uri}/scores/{row['evaluation']}.parquet" for row in rows} == {result.uri}
+    zero_shot = {(row["modality"], row["metric"]): row for row in rows if row["task"] == "zero_shot"}
+    told = {place: (row["classes"], row["chance"]) for place, row in zero_shot.items()}
+    assert told["fundus", "accuracy"] == (3, pytest.approx(1 / 3))
+    assert told["x-ray", "accuracy"] == (2, 0.5)
+    assert told["mean", "accuracy"] == (None, pytest.approx((1 / 3 + 1 / 2) / 2))
+    assert told["fundus", "auc"] == (3, 0.5)
+    assert told["mean", "auc"] == (None, 0.5)
+    assert told["fundus", "f1"] == (3, None)
+    assert told["mean", "f1"] == (None, None)
+    assert all(row["classes"] is None for row in rows if row["task"] == "retrieval")
+    assert all(0 < row["chance"] <= 1 for row in rows if row["task"] == "retrieval")
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+def test_recall_by_chance_is_what_random_orders_give(k):
+    assert recall_by_chance(np.ones(7, int), 20, k) == pytest.approx(k / 20)
+    assert recall_by_chance(np.ones(4, int), 4, k) == pytest.approx(min(1, k / 4))
+    draw, right = np.random.default_rng(0), np.array([1, 2, 5])
+    hits = [[(draw.permutation(12)[:k] < count).any() for count in right] for _ in range(4000)]
+    assert recall_by_chance(right, 12, k) == pytest.approx(np.mean(hits), abs=0.02)
 
 
 def test_a_rerun_writes_the_same_file_and_another_setting_writes_another(small_lake, two_models):
@@ -224,6 +366,7 @@ def test_tables_for_people(small_lake, two_models):
         best = max(cell.value for cell in column_cells)
         is_alone = [cell.value for cell in column_cells].count(best) == 1  # two that are level are neither the best
         assert all(cell.best == (cell.value == best and is_alone) for cell in column_cells)
+    assert accuracy.footer == [["(guessing)", "33.3", "50.0", "41.7"], ["(n)", "24", "16", "40"]]
     text = format_table(scores, width=200)
     assert "Zero-shot accuracy, percent" in text
     assert "I2T R@10" in text
