@@ -74,9 +74,9 @@ def test_the_footer_says_who_made_the_file_and_what_it_holds(lake):
 
 
 def test_rejects_are_written_first_and_an_earlier_attempts_are_removed(lake):
-    rejects = "rejects/stage=extract/teacher=t/shard-000000.parquet"
+    rejects = "rejects/extract/t/shard-000000.parquet"
     assert lake.storage.read_table(rejects).num_rows == 1
-    size = write_features(lake, "t", 0, features_of(lake, "t", 0), [], IDENTITY)
+    size = write_features(lake, "t", 0, features_of(lake, "t", 0), [], lake.read_teacher("t"))
     assert size == feature_file(lake, 0).stat().st_size
     assert not lake.storage.exists(rejects)
 
@@ -242,7 +242,7 @@ def test_a_second_look_reads_no_file_that_a_listing_shows_unchanged(lake):
 )
 def test_a_torn_ledger_is_ignored_and_written_anew(lake, ledger):
     find_valid(lake, "t", IDENTITY)
-    name = "features/teacher=t/valid.json"
+    name = "manifests/valid/teachers/t.json"
     whole = lake.storage.read_bytes(name)
     lake.storage.write_bytes(name, ledger)
     lake.storage.write_bytes(PAIRS_LEDGER, ledger)
@@ -272,12 +272,12 @@ def test_a_runs_own_files_are_recorded_where_listing_and_size_agree(lake):
     pairs = survey_pairs(lake)
     written = embed(lake, "t", shards=[0, 1])
     record_valid(lake, "t", IDENTITY, {0: written[0], 1: written[1] + 1, 7: 5}, pairs)
-    recorded = json.loads(lake.storage.read_bytes("features/teacher=t/valid.json"))["shards"]
+    recorded = json.loads(lake.storage.read_bytes("manifests/valid/teachers/t.json"))["shards"]
     assert set(recorded) == {"0"}
     overwrite(feature_file(lake, 0), b"x" * feature_file(lake, 0).stat().st_size)
     assert find_valid(lake, "t", IDENTITY, pairs) == {0, 1, 2}
     record_valid(lake, "t", IDENTITY, {}, pairs)
-    assert set(json.loads(lake.storage.read_bytes("features/teacher=t/valid.json"))["shards"]) == {"0", "1", "2"}
+    assert set(json.loads(lake.storage.read_bytes("manifests/valid/teachers/t.json"))["shards"]) == {"0", "1", "2"}
 
 
 def test_what_may_only_be_read_can_still_be_resumed(lake):
@@ -302,5 +302,5 @@ def test_a_resume_with_nothing_to_do_is_a_listing_and_a_ledger(make_lake, s3, ca
     lines = [re.sub(r"\x1b\[\d*m", "", record.getMessage()) for record in caplog.records]
     asked = [re.search(r'"(\w+) (\S+)', line).groups() for line in lines]
     assert [method for method, path in asked if "list-type=2" in path] == ["GET"]
-    assert {path.rsplit("/", 1)[-1] for _, path in asked if "list-type" not in path} == {"valid.json"}
+    assert {path.rsplit("/", 1)[-1] for _, path in asked if "list-type" not in path} == {"t.json"}
     assert len(asked) <= 3

@@ -46,7 +46,7 @@ class TestExtract:
             for index in lake.shards():
                 features = lake.read_features(teacher, index)
                 assert features["sample_id"].equals(lake.read_pairs(index)["sample_id"])
-        reject = lake.storage.read_table("rejects/stage=extract/teacher=b/shard-000000.parquet").to_pylist()
+        reject = lake.storage.read_table("rejects/extract/b/shard-000000.parquet").to_pylist()
         assert [row["stage"] for row in reject] == ["extract:b"]
         assert lake.read_teacher("a")["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-4)
         before = file_hashes(lake)
@@ -57,7 +57,7 @@ class TestExtract:
     def test_what_a_writer_met_is_the_headline_of_the_account(self, make_lake, teachers, tmp_path, monkeypatch):
         monkeypatch.setattr(processes, "FEW_CORES", 0)  # so that a task of Ray's writes, and its error travels
         lake = make_lake(tmp_path / "lake", rows=8, shard_rows=8, damaged=(3,))
-        lake.storage.write_bytes("rejects/stage=extract/teacher=a", b"a file where a folder should be")
+        lake.storage.write_bytes("rejects/extract/a", b"a file where a folder should be")
         with pytest.raises(StorageError) as raised:
             extract(lake.uri, ExtractConfig(teachers=named(teachers, "a"), max_reject_fraction=0.5))
         (run,) = lake.storage.list_folders("runs")

@@ -246,7 +246,7 @@ def test_a_file_with_other_values_counts_more_than_the_pack(lake):
     newer = newer.set_column(
         4, newer.schema.field(4), newer["text_norm"].combine_chunks().take([1, 0, 2, 3, 4, 5, 6, 7])
     )
-    write_features(lake, "t", 3, newer, [], IDENTITY)
+    write_features(lake, "t", 3, newer, [], lake.read_teacher("t"))
     compact(lake.uri)
     assert names_of(lake) == [WHOLE]
     expected = [*before[:3], newer, before[4]]
