@@ -156,7 +156,7 @@ class Lake:
 
     def recorded_teachers(self) -> list[str]:
         """Names of the teachers that have a manifest, sorted, whether or not their embeddings are still there."""
-        return [name.removesuffix(".json") for name in self.storage.list_files(TEACHER_MANIFESTS, ".json")]
+        return sorted(name.removesuffix(".json") for name in self.storage.list_files(TEACHER_MANIFESTS, ".json"))
 
     def teachers(self) -> list[str]:
         """Names of the teachers that have a manifest and embeddings, sorted.

@@ -25,7 +25,7 @@ def teachers_table(lake: Lake, begun: Iterable[str] = ()) -> pa.Table:
     def row(name: str) -> dict[str, Any] | None:
         try:
             return _row(name, lake.read_teacher(name))
-        except (MmkdError, KeyError, TypeError, ValueError):
+        except (MmkdError, KeyError, TypeError, ValueError, AttributeError):
             return None
 
     with ThreadPoolExecutor(READ_THREADS) as pool:

@@ -16,6 +16,7 @@ from common.config import fingerprint
 from common.errors import LakeError
 from common.lake import Lake, open_lake, shard_name
 from common.schemas import PAIRS, SCHEMA_VERSION
+from common.version import VERSION
 from extractor.sink import find_valid, record_valid, survey_pairs, write_features
 from extractor.tending.ledger import PAIRS_LEDGER
 
@@ -71,6 +72,31 @@ def test_the_footer_says_who_made_the_file_and_what_it_holds(lake):
     assert said["mmkd.schema_version"] == str(SCHEMA_VERSION)
     assert said["mmkd.samples"] == hashlib.sha256("\n".join(ids).encode()).hexdigest()
     assert re.fullmatch("[0-9a-f]{64}", said["mmkd.content"])
+
+
+def test_the_footer_says_whose_the_embeddings_are_and_what_is_allowed(lake):
+    said = {key.decode(): value.decode() for key, value in pq.read_metadata(feature_file(lake, 0)).metadata.items()}
+    assert (
+        said.items()
+        >= {
+            "mmkd.teacher": "t",
+            "mmkd.image_dim": "16",
+            "mmkd.text_dim": "16",
+            "mmkd.weights_sha256": "weights of t",
+            "mmkd.license": "MIT",
+            "mmkd.derivatives": "allowed",
+            "mmkd.version": VERSION,
+            "mmkd.created_at": lake.read_teacher("t")["created_at"],
+        }.items()
+    )
+    assert "mmkd.derivative_terms" not in said, "nobody stated them"
+
+
+def test_a_file_that_is_written_again_is_the_same_byte_for_byte(lake):
+    before = feature_file(lake, 1).read_bytes()
+    feature_file(lake, 1).unlink()
+    embed(lake, "t", shards=[1])
+    assert feature_file(lake, 1).read_bytes() == before
 
 
 def test_rejects_are_written_first_and_an_earlier_attempts_are_removed(lake):

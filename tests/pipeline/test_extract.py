@@ -49,6 +49,17 @@ class TestExtract:
         reject = lake.storage.read_table("rejects/extract/b/shard-000000.parquet").to_pylist()
         assert [row["stage"] for row in reject] == ["extract:b"]
         assert lake.read_teacher("a")["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-4)
+        table = {row["name"]: row for row in lake.storage.read_table("teachers.parquet").to_pylist()}
+        assert {name: (row["text_dim"], row["image_size"]) for name, row in table.items()} == {
+            "a": (16, 32),
+            "b": (24, 48),
+            "hf": (24, 32),
+        }
+        for teacher in ("a", "b", "hf"):
+            _, said = lake.storage.read_metadata(f"features/teacher={teacher}/shard-000001.parquet")
+            facts = table[teacher]
+            assert (said["mmkd.teacher"], said["mmkd.created_at"]) == (teacher, facts["created_at"])
+            assert said["mmkd.weights_sha256"] == facts["weights_sha256"]
         before = file_hashes(lake)
         again = extract(lake.uri, config)
         assert (again.shards, again.skipped, sum(again.forwards.values())) == (0, 9, 0)

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from common.errors import LakeError
+from common.errors import LakeError, MmkdError
 from common.lake import Lake, open_lake
 from trainer.config import SelectConfig
 from trainer.selection.select import select
@@ -117,6 +117,28 @@ def test_the_same_question_is_answered_once_and_counts_as_the_newest(tiny_lake):
     assert select(tiny_lake, EVERYONE) == first
     assert choose_selection(lake, None, ())[0] == first
     assert lake.storage.read_bytes(f"selection/{first}/teacher=alpha/shard-000000.parquet") == before, file
+
+
+def test_a_selection_that_was_deleted_is_made_anew(tiny_lake):
+    lake = open_lake(tiny_lake)
+    name = select(tiny_lake, EVERYONE)
+    lake.storage.remove(f"selection/{name}")
+    with pytest.raises(LakeError, match=f"no selection '{name}'"):
+        choose_selection(lake, name, ())
+    assert select(tiny_lake, EVERYONE) == name
+    assert choose_selection(lake, name, ())[0] == name
+    assert len(selected(tiny_lake, name, "alpha")) == 96
+
+
+def test_half_of_a_selection_is_not_taken_for_the_one_that_was_deleted(tiny_lake):
+    lake = open_lake(tiny_lake)
+    name = select(tiny_lake, EVERYONE)
+    lake.storage.remove(f"selection/{name}")
+    lake.storage.write_bytes("features/teacher=beta/shard-000002.parquet", b"torn: the second teacher ends the attempt")
+    with pytest.raises(MmkdError):
+        select(tiny_lake, EVERYONE)
+    assert lake.storage.list_folders(f"selection/{name}") == ["teacher=alpha"]
+    assert name not in lake.selections()
 
 
 def test_a_teacher_whose_shards_are_not_all_there_is_refused(tiny_lake):
