@@ -1,7 +1,9 @@
 """The lake: one URI, the names of what lies in it, and the rules that keep it whole.
 
-A lake holds ``lake.json``, ``pairs/``, ``rejects/``, ``features/teacher=<name>/``, ``selection/<fingerprint>/``,
-``runs/<run>/`` and ``scores/``. Shard k of every table holds the same samples in the same order.
+A lake holds ``lake.json``, ``teachers.parquet``, ``pairs/``, ``rejects/``, ``features/teacher=<name>/``,
+``selection/<fingerprint>/``, ``runs/<run>/`` and ``scores/``. Shard k of every table holds the same samples in the same
+order. The folders of tables hold Parquet files and nothing else, so that any reader opens a folder as it is: what
+explains or accounts for tables lies in ``manifests/``.
 """
 
 from __future__ import annotations
@@ -28,6 +30,12 @@ ID_RULE = "first 32 hex digits of sha256(source key, NUL, image sha256, NUL, cap
 OWNER = "mmkd.ingest"
 """Key of a shard's file metadata that names the ingest it belongs to."""
 READ_THREADS = 16
+FEATURES, SELECTION_FOLDER = "features", "selection"
+INGEST_REJECTS, EXTRACT_REJECTS = "rejects/ingest", "rejects/extract"
+"""Without ``key=value`` in their names, which readers take for a column: ``rejects/`` opens as one table."""
+TEACHER_MANIFESTS, SELECTION_MANIFESTS = "manifests/teachers", "manifests/selection"
+PAIRS_LEDGER = "manifests/valid/pairs.json"
+"""A cache: rows and hashes of the pairs, by their files' marks."""
 JOB_FOLDER = "/runtime_resources/working_dir_files/"
 """Part of the path of every submitted job's working directory (Ray's runtime environments)."""
 
@@ -35,6 +43,26 @@ JOB_FOLDER = "/runtime_resources/working_dir_files/"
 def now() -> str:
     """The present time as an ISO 8601 string in UTC; later times sort later."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+def teacher_manifest(teacher: str) -> str:
+    """Path of what says what produced a teacher's embeddings, relative to the lake."""
+    return f"{TEACHER_MANIFESTS}/{teacher}.json"
+
+
+def teacher_ledger(teacher: str) -> str:
+    """Path of a cache: a teacher's shards that were checked in full, by their files' marks."""
+    return f"manifests/valid/teachers/{teacher}.json"
+
+
+def selection_manifest(name: str) -> str:
+    """Path of what says how a selection was made; written last, so a selection without it is unfinished."""
+    return f"{SELECTION_MANIFESTS}/{name}.json"
+
+
+def selection_chart(name: str) -> str:
+    """Path of a selection's chart, relative to the lake."""
+    return f"{SELECTION_MANIFESTS}/{name}.svg"
 
 
 def run_name(what: str) -> str:
@@ -98,7 +126,7 @@ class Lake:
 
     def files(self, folder: str) -> list[int]:
         """Indices of the shards whose files are in a folder, whoever wrote them; packs of features are seen through."""
-        packed = folder.startswith("features/")
+        packed = folder.startswith(f"{FEATURES}/")
         return sorted({index for name in self.storage.list_files(folder) for index in shards_in(name, packed)})
 
     def read_pairs(self, index: int, columns: list[str] | None = None) -> pa.Table:
@@ -117,27 +145,44 @@ class Lake:
 
     def features_folder(self, teacher: str) -> str:
         """Folder of a teacher's embeddings, relative to the lake."""
-        return f"features/teacher={teacher}"
+        return f"{FEATURES}/teacher={teacher}"
 
-    def teachers(self) -> list[str]:
-        """Names of the teachers that have a partition, sorted."""
-        folders = self.storage.list_folders("features")
+    def selection_folder(self, name: str) -> str:
+        """Folder of a selection, relative to the lake."""
+        return f"{SELECTION_FOLDER}/{name}"
+
+    def partitions(self) -> list[str]:
+        """Names of the teachers that have a folder of embeddings, sorted, whether or not a manifest explains it."""
+        folders = self.storage.list_folders(FEATURES)
         return [folder.partition("=")[2] for folder in folders if folder.startswith("teacher=")]
 
+    def recorded_teachers(self) -> list[str]:
+        """Names of the teachers that have a manifest, sorted, whether or not their embeddings are still there."""
+        return sorted(name.removesuffix(".json") for name in self.storage.list_files(TEACHER_MANIFESTS, ".json"))
+
+    def teachers(self) -> list[str]:
+        """Names of the teachers that have a manifest and embeddings, sorted.
+
+        A manifest alone counts for nothing: to be rid of a teacher it is enough to delete its folder of embeddings.
+        """
+        present = set(self.partitions())
+        return [name for name in self.recorded_teachers() if name in present] if present else []
+
+    def selections(self) -> list[str]:
+        """Names of the finished selections: those that have a manifest and a folder, sorted."""
+        recorded = {name.removesuffix(".json") for name in self.storage.list_files(SELECTION_MANIFESTS, ".json")}
+        return [name for name in self.storage.list_folders(SELECTION_FOLDER) if name in recorded] if recorded else []
+
     def read_teacher(self, teacher: str) -> dict[str, Any]:
-        """What produced a teacher's partition: the content of its ``teacher.json``.
+        """What produced a teacher's embeddings: the content of its manifest.
 
         Raises:
-            LakeError: The teacher has no partition here.
+            LakeError: The teacher has none here.
         """
         try:
-            return dict(self.storage.read_json(f"{self.features_folder(teacher)}/teacher.json"))
+            return dict(self.storage.read_json(teacher_manifest(teacher)))
         except FileNotFoundError as error:
-            raise LakeError(
-                f"{self.uri} has no embeddings of teacher {teacher!r} "
-                f"(it has: {', '.join(self.teachers()) or 'none'}). "
-                f"Run `mmkd extract {self.uri} --teachers {teacher}` first."
-            ) from error
+            raise _not_there(self, teacher, self.teachers()) from error
 
     def read_features(self, teacher: str, index: int, columns: list[str] | None = None) -> pa.Table:
         """Shard ``index`` of a teacher's embeddings, from its own file or else from the pack that holds it.
@@ -314,11 +359,20 @@ def require_teachers(lake: Lake, names: Iterable[str] | None) -> list[str]:
     Raises:
         LakeError: One of them has no embeddings in the lake, or there are none at all.
     """
-    chosen = list(names) if names else lake.teachers()
+    present = lake.teachers()
+    chosen = list(names) if names else present
     if not chosen:
         raise LakeError(
             f"{lake.uri} holds no teacher embeddings yet. Run `mmkd extract {lake.uri} --teachers NAME,...` first."
         )
     for name in chosen:
-        lake.read_teacher(name)
+        if name not in present:
+            raise _not_there(lake, name, present)
     return chosen
+
+
+def _not_there(lake: Lake, teacher: str, present: list[str]) -> LakeError:
+    return LakeError(
+        f"{lake.uri} has no embeddings of teacher {teacher!r} (it has: {', '.join(present) or 'none'}). "
+        f"Run `mmkd extract {lake.uri} --teachers {teacher}` first."
+    )

@@ -1,7 +1,7 @@
 """Writes on a local disk that appear whole or not at all, and two that ask first: create, and replace a version.
 
-A file under way has a name of its own (``.tmp-...``) in the folder of its target, so that the last step is a rename or
-a link inside one file system. :data:`LOCK` is the one file that stays: :func:`replace` holds it while it compares.
+A file under way has a name of its own (``.tmp-...``) in one file system with its target, so that the last step is a
+rename or a link. :data:`LOCK` is the one file that stays: :func:`replace` holds it while it compares.
 """
 
 from __future__ import annotations
@@ -21,9 +21,28 @@ LOCK = f"{TEMPORARY}lock"
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
 
 
-def write(target: str, data: bytes | memoryview) -> None:
-    """Write a file, replacing one of the same name."""
-    with _beside(target) as temporary:
+def write(target: str, data: bytes | memoryview, root: str | None = None) -> None:
+    """Write a file, replacing one of the same name.
+
+    Args:
+        target: Its path.
+        data: Its content.
+        root: A folder above it in which the file under way may lie: some readers (polars) open no folder in which
+            there is anything but tables.
+    """
+    folder = os.path.dirname(target)
+    os.makedirs(folder, exist_ok=True)
+    if root is not None and os.path.isdir(root) and os.access(root, os.W_OK | os.X_OK):
+        with _temporary(root) as temporary:
+            _fill(temporary, data)
+            try:
+                os.replace(temporary, target)
+            except OSError as error:
+                if error.errno != errno.EXDEV:  # the target's folder is a disk of its own
+                    raise
+            else:
+                return
+    with _temporary(folder) as temporary:
         _fill(temporary, data)
         os.replace(temporary, target)
 
@@ -88,6 +107,12 @@ def _beside(target: str) -> Iterator[str]:
     """A temporary name in the target's folder, which is made; what is left under it afterwards is removed."""
     folder = os.path.dirname(target)
     os.makedirs(folder, exist_ok=True)
+    with _temporary(folder) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _temporary(folder: str) -> Iterator[str]:
     temporary = f"{folder}/{TEMPORARY}{uuid.uuid4().hex}"
     try:
         yield temporary

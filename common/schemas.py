@@ -94,6 +94,31 @@ file: a model that was evaluated twice has rows of two. ``chance`` is what guess
 number, and ``classes`` how many a classification chose among."""
 
 
+TEACHERS = pa.schema(
+    [
+        pa.field("name", pa.string(), nullable=False),
+        pa.field("image_dim", pa.int32()),
+        pa.field("text_dim", pa.int32()),
+        pa.field("image_size", pa.int32()),
+        pa.field("context_length", pa.int32()),
+        pa.field("license", pa.string()),
+        pa.field("derivatives", pa.string()),
+        pa.field("derivative_terms", pa.string()),
+        pa.field("weights_sha256", pa.string()),
+        pa.field("stored_precision", pa.string()),
+        pa.field("views", pa.int32(), nullable=False),
+        pa.field("mmkd_version", pa.string()),
+        pa.field("created_at", pa.string()),
+    ]
+)
+"""``teachers.parquet`` at the lake's root: one row per teacher that has embeddings. ``name`` is that of its folder
+``features/teacher=<name>/``; ``image_dim`` and ``text_dim`` are the widths of its vectors, null for a tower that is not
+there; ``image_size`` is the side of the square of pixels it sees, ``context_length`` the tokens it reads. ``license``
+is that of its weights; ``derivatives`` (allowed, conditional, forbidden, unknown) and ``derivative_terms`` say whether
+a model may be trained on its embeddings. ``stored_precision`` is what vectors were rounded to, ``views`` the number of
+augmented crops per picture, ``created_at`` when its folder was begun. Null is what is not known."""
+
+
 def vector_type(dim: int | None) -> pa.DataType:
     """Type of a vector of ``dim`` numbers, 1 for a tower that is not there: the list may be null, its numbers may not.
 

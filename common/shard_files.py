@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from common.config import fingerprint
 from common.errors import LakeError
 from common.listing import FileMark, Place
 from common.parquet_reading import read_columns, read_footer
+from common.schemas import SCHEMA_VERSION
 from common.storage import Storage
+from common.version import VERSION
 
 FINGERPRINT, SAMPLES, CONTENT, PACK = "mmkd.fingerprint", "mmkd.samples", "mmkd.content", "mmkd.pack"
-"""Keys of a footer: the producer; hashes of the sample ids and of everything; a pack's facts about its shards."""
+"""Keys of a footer: the producer; hashes of the sample ids and of everything; a pack's facts about its shards. Those
+that say whose the embeddings are come from :func:`origin_of`."""
 UNREADABLE = (OSError, ValueError, TypeError, pa.ArrowException, MemoryError)
 """What reading raises for bytes that are not the Parquet, or the JSON in its footer, that they claim to be."""
 OPEN_FILES = 512
@@ -49,6 +54,30 @@ def shards_in(name: str, packed: bool = True) -> range:
 def is_pack(name: str) -> bool:
     """Whether a file's name is a pack's."""
     return _PACK.match(name) is not None
+
+
+def origin_of(teacher: str, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What the footer of a file says of where its embeddings come from; what is not known is left out.
+
+    ``mmkd.fingerprint`` is the producer's and ``mmkd.schema_version`` the columns'. For people: ``mmkd.teacher`` (name
+    of the partition), ``mmkd.image_dim``, ``mmkd.text_dim``, ``mmkd.weights_sha256``, ``mmkd.license`` (of the
+    weights), ``mmkd.derivatives`` and ``mmkd.derivative_terms`` (whether a model may be trained on these embeddings),
+    ``mmkd.version`` (of the mmkd that wrote the file) and ``mmkd.created_at`` (when the partition was begun, not the
+    file: one that is written again is the same byte for byte).
+
+    Args:
+        teacher: Name of the partition.
+        manifest: Content of its manifest.
+    """
+    identity = manifest["fingerprint"]
+    facts = {
+        "mmkd.teacher": teacher,
+        **{f"mmkd.{key}": identity.get(key) for key in ("image_dim", "text_dim", "weights_sha256")},
+        **{f"mmkd.{key}": manifest.get(key) for key in ("license", "derivatives", "derivative_terms", "created_at")},
+        "mmkd.version": VERSION,
+    }
+    said = {key: str(value) for key, value in facts.items() if value is not None}
+    return {FINGERPRINT: fingerprint(identity), "mmkd.schema_version": str(SCHEMA_VERSION), **said}
 
 
 def locate(marks: dict[str, FileMark], packed: bool = True) -> dict[int, Place]:

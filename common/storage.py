@@ -105,13 +105,13 @@ class Storage:
     def write_bytes(self, relative: str, data: bytes | memoryview) -> None:
         """Write a file that appears whole or not at all, replacing one of the same name.
 
-        Locally: a temporary name in the same folder, then rename. Elsewhere: one upload, which object stores
-        make visible only when it is complete.
+        Locally: a temporary name in this storage's own folder, then rename. Elsewhere: one upload, which object
+        stores make visible only when it is complete.
         """
         target = self.path(relative)
         with explained(f"write {target}"):
             if self.is_local:
-                local_disk.write(target, data)
+                local_disk.write(target, data, self.path())
             else:
                 self.fs.pipe_file(target, bytes(data))
 

@@ -16,6 +16,7 @@ from common.lease import Leases
 from common.logs import duration, logger
 from common.processes import usable_cores
 from common.stopping import StopSignals
+from common.teachers_table import refresh_teachers
 from extractor.account.display import Display
 from extractor.account.metrics import Metrics
 from extractor.account.report import FAILED, FINISHED, RUNNING, STOPPED, RunReport
@@ -66,7 +67,7 @@ class Engine:
         account = self._account(report, todo, self.pairs.rows, placements, expected)
         dispatcher = Dispatcher(
             {},
-            WriteOrder(self.lake.uri, self.identities, {lease.name: lease for lease in self.leases.leases}),
+            WriteOrder(self.lake.uri, {}, {lease.name: lease for lease in self.leases.leases}),
             self.config.max_reject_fraction,
             account.note,
         )
@@ -170,7 +171,9 @@ class Engine:
                 teacher = self.inputs[name]
                 accepted_at = accepted.get(teacher.spec.name)
                 identity, catalog = self.identities[name], self.config.catalog
-                record_teacher(self.lake, teacher, identity, pool.logit_scale, accepted_at, catalog)
+                manifest = record_teacher(self.lake, teacher, identity, pool.logit_scale, accepted_at, catalog)
+                dispatcher.order.manifests[name] = manifest
+        refresh_teachers(self.lake, dispatcher.order.manifests)
 
     def _wind_up(self, dispatcher: Dispatcher) -> Iterator[FileDone]:
         """Let files at work be finished for a moment, then stop.
@@ -220,6 +223,12 @@ class Engine:
                 record_valid(self.lake, name, self.identities[name], files, self.pairs)
             except (MmkdError, OSError) as error:
                 logger.warning("extract: the next run will check the files of %s again: %s", name, error)
+        try:
+            # Once more: another run may have written it meanwhile without this one's teachers.
+            if written:
+                refresh_teachers(self.lake)
+        except (MmkdError, OSError) as error:
+            logger.warning("extract: teachers.parquet was not written: %s", error)
 
     def _account(
         self,

@@ -27,7 +27,15 @@ import pyarrow.compute as pc
 from common.captions import captioned
 from common.config import fingerprint
 from common.errors import SourceError
-from common.lake import Lake, claim_partition, create_lake, open_lake, run_name, shard_name
+from common.lake import (
+    Lake,
+    claim_partition,
+    create_lake,
+    open_lake,
+    run_name,
+    selection_manifest,
+    shard_name,
+)
 from common.lease import hold_all
 from common.logs import Progress, logger
 from common.models.load import read_catalog
@@ -35,9 +43,10 @@ from common.models.spec import ModelSpec
 from common.parquet_reading import single_chunk
 from common.schemas import SCHEMA_VERSION, SELECTION, features_schema, vector_type
 from common.storage import Storage, absolute_address
+from common.teachers_table import refresh_teachers
 from extractor.config import IngestConfig, StoredPrecision
 from extractor.ingest import IngestReport, ingest
-from extractor.partitions import manifest_of, plan_todo
+from extractor.partitions import claim_teacher, plan_todo
 from extractor.prepare import fixed_rows
 from extractor.sink import record_valid, survey_pairs, write_features
 from extractor.sources.addresses import base_name, short_name
@@ -174,16 +183,18 @@ def _import_features(
     run = run_name("import")
     with hold_all(lake.storage, [f"teacher={name}" for name in identities], run):
         todo, pairs = plan_todo(lake, identities)
+        manifests = {}
         for teacher in teachers:
             name = teacher.partition
             facts = _facts(specs[name], accepted.get(name))
             remedy = f"Delete features/teacher={name} first."
-            claim_partition(lake.storage, manifest_of(lake, name), teacher.identity, remedy, facts)
+            manifests[name] = claim_teacher(lake, name, teacher.identity, facts, remedy)
+        refresh_teachers(lake, manifests)
         progress = Progress("import: features", len(todo), "shards")
         items = [{"shard": shard, "partitions": names} for shard, names in todo.items()]
         written: dict[str, dict[int, int]] = {}
         shards = list(todo)
-        for number, answer in workers.run(items, _import_item, lake.uri, table, teachers):
+        for number, answer in workers.run(items, _import_item, lake.uri, table, teachers, manifests):
             for partition, file in answer.items():
                 written.setdefault(partition, {})[shards[number]] = file["bytes"]
                 report.shards += 1
@@ -192,6 +203,7 @@ def _import_features(
             progress.advance(1)
         for partition, files in written.items():
             record_valid(lake, partition, identities[partition], files, pairs)
+        refresh_teachers(lake)
     report.selection = select_present(lake, identities)
 
 
@@ -303,13 +315,24 @@ def read_vectors(table: str, key: str, version: Version = "imported") -> dict[st
     return vectors
 
 
-def _import_item(item: dict[str, Any], lake_uri: str, table: str, teachers: list[Imported]) -> dict[str, Any]:
+def _import_item(
+    item: dict[str, Any], lake_uri: str, table: str, teachers: list[Imported], manifests: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
     wanted = [teacher for teacher in teachers if teacher.partition in item["partitions"]]
-    return import_shard(Lake(lake_uri), item["shard"], table, wanted)
+    return import_shard(Lake(lake_uri), item["shard"], table, wanted, manifests)
 
 
-def import_shard(lake: Lake, shard: int, table: str, teachers: list[Imported]) -> dict[str, dict[str, Any]]:
+def import_shard(
+    lake: Lake, shard: int, table: str, teachers: list[Imported], manifests: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
     """Write the files of one shard for some teachers of one version; rows from other sources are null.
+
+    Args:
+        lake: The lake.
+        shard: Which.
+        table: The table's address.
+        teachers: Those whose files are wanted.
+        manifests: Partition -> content of its manifest.
 
     Returns:
         Partition -> ``bytes`` of its file, how many rows have ``vectors``, and ``reasons`` of those that were rejected.
@@ -333,7 +356,7 @@ def import_shard(lake: Lake, shard: int, table: str, teachers: list[Imported]) -
     answer = {}
     for teacher in teachers:
         features, rejects = build_features(pairs, rows, teacher)
-        size = write_features(lake, teacher.partition, shard, features, rejects, teacher.identity)
+        size = write_features(lake, teacher.partition, shard, features, rejects, manifests[teacher.partition])
         vectors = features.num_rows - features["image_embedding"].null_count
         reasons = Counter(reason for _, reason, _ in rejects)
         answer[teacher.partition] = {"bytes": size, "vectors": vectors, "reasons": reasons}
@@ -405,14 +428,15 @@ def select_present(lake: Lake, identities: Mapping[str, dict[str, Any]]) -> str:
         "shards": list(pairs.rows),
     }
     name = fingerprint(identity)
-    manifest = f"selection/{name}/selection.json"
-    if lake.storage.exists(manifest):
+    manifest, folder = selection_manifest(name), lake.selection_folder(name)
+    if name in lake.selections():
         return name
+    lake.storage.remove(manifest)  # of a selection that was deleted: it must not vouch for half of a new one
     for shard in pairs.rows:
         modality = lake.read_pairs(shard, ["modality"])["modality"].combine_chunks()
         for teacher in identities:
             features = lake.read_features(teacher, shard, ["sample_id", "image_embedding", "text_embedding"])
-            file = f"selection/{name}/teacher={teacher}/{shard_name(shard)}"
+            file = f"{folder}/teacher={teacher}/{shard_name(shard)}"
             lake.storage.write_table(file, _present_rows(features, modality))
     claim_partition(lake.storage, manifest, identity, "", {"teachers": sorted(identities), "summary": {}})
     return name
@@ -442,7 +466,7 @@ def _spec_of(teacher: Imported, catalog: Mapping[str, ModelSpec]) -> ModelSpec |
 
 
 def _facts(spec: ModelSpec | None, accepted_at: str | None) -> dict[str, Any]:
-    """What ``teacher.json`` says beside the origin; the factor on its cosines is not published with the features."""
+    """What a manifest says beside the origin; the factor on its cosines is not published with the features."""
     facts: dict[str, Any] = {"logit_scale": None, "terms_accepted_at": accepted_at}
     for name in ("license", "gated", "derivatives", "derivative_terms"):
         facts[name] = None if spec is None else getattr(spec, name)

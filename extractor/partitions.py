@@ -6,11 +6,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from common.errors import ConfigError
-from common.lake import Lake, check_partition, claim_partition
+from common.errors import ConfigError, FingerprintError
+from common.lake import Lake, check_partition, claim_partition, teacher_manifest
 from common.models.load import describe_model, find_spec, read_catalog
 from common.models.spec import ModelSpec
 from common.schemas import SCHEMA_VERSION
+from common.version import VERSION
 from extractor.config import ExtractConfig
 from extractor.prepare import TeacherInput, restrict
 from extractor.sink import find_valid, survey_pairs
@@ -62,7 +63,7 @@ def describe_inputs(specs: list[ModelSpec], config: ExtractConfig) -> dict[str, 
 
 
 def identity_of(teacher: TeacherInput, config: ExtractConfig) -> dict[str, Any]:
-    """Everything that determines a teacher's files, as recorded in ``teacher.json``."""
+    """Everything that determines a teacher's files, as recorded in its manifest."""
     identity = {
         **teacher.description.identity(),
         "normalised": "l2",
@@ -77,11 +78,6 @@ def identity_of(teacher: TeacherInput, config: ExtractConfig) -> dict[str, Any]:
     return identity
 
 
-def manifest_of(lake: Lake, teacher: str) -> str:
-    """Path of a teacher's manifest, relative to the lake."""
-    return f"{lake.features_folder(teacher)}/teacher.json"
-
-
 def check_partitions(lake: Lake, identities: dict[str, dict[str, Any]]) -> set[str]:
     """Insist that what is there was produced by what would produce it now.
 
@@ -91,10 +87,11 @@ def check_partitions(lake: Lake, identities: dict[str, dict[str, Any]]) -> set[s
     Raises:
         FingerprintError: Something else produced a partition; names the differing keys.
     """
+    present = set(lake.partitions())
     return {
         name
         for name, identity in identities.items()
-        if check_partition(lake.storage, manifest_of(lake, name), identity, _remedy(name))
+        if name in present and check_partition(lake.storage, teacher_manifest(name), identity, _remedy(name))
     }
 
 
@@ -123,8 +120,12 @@ def record_teacher(
     logit_scale: float | None,
     accepted_at: str | None,
     catalog: str | None = None,
-) -> None:
-    """Write ``teacher.json`` of a partition before its first shard; ``catalog`` is the user's own, if there is one."""
+) -> dict[str, Any]:
+    """Write the manifest of a partition before its first shard; ``catalog`` is the user's own, if there is one.
+
+    Returns:
+        The manifest.
+    """
     spec = teacher.spec
     facts: dict[str, Any] = {
         "logit_scale": logit_scale,
@@ -137,11 +138,40 @@ def record_teacher(
     }
     if catalog:
         facts["catalog"] = str(Path(catalog).absolute())
-    manifest = manifest_of(lake, teacher.name)
-    claim_partition(lake.storage, manifest, identity, _remedy(teacher.name), facts)
-    recorded = lake.read_teacher(teacher.name)
+    recorded = claim_teacher(lake, teacher.name, identity, facts)
     if accepted_at and not recorded.get("terms_accepted_at"):  # a partition from before the terms were known
-        lake.storage.write_json(manifest, {**recorded, **facts})
+        recorded |= facts
+        lake.storage.write_json(teacher_manifest(teacher.name), recorded)
+    return recorded
+
+
+def claim_teacher(
+    lake: Lake, name: str, identity: dict[str, Any], facts: dict[str, Any], remedy: str | None = None
+) -> dict[str, Any]:
+    """Record what produces a teacher's files, or insist that it is what is recorded of those that are there.
+
+    Args:
+        lake: The lake.
+        name: The partition's.
+        identity: Its producer.
+        facts: What else its manifest says.
+        remedy: A sentence for the error; None: what extract says.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        FingerprintError: Another producer wrote files that are there.
+    """
+    manifest, remedy = teacher_manifest(name), remedy or _remedy(name)
+    try:
+        check_partition(lake.storage, manifest, identity, remedy)
+    except FingerprintError:
+        if name in lake.partitions():
+            raise
+        lake.storage.remove(manifest)  # its files were deleted: there is nothing to mix with
+    claim_partition(lake.storage, manifest, identity, remedy, {**facts, "mmkd_version": VERSION})
+    return lake.read_teacher(name)
 
 
 def _remedy(name: str) -> str:

@@ -7,20 +7,19 @@ from typing import Any
 
 import pyarrow as pa
 
-from common.config import fingerprint
 from common.errors import LakeError
-from common.lake import Lake, shard_name
+from common.lake import EXTRACT_REJECTS, Lake, shard_name
 from common.listing import Place
 from common.logs import logger
-from common.schemas import REJECTS, SCHEMA_VERSION
-from common.shard_files import CONTENT, FINGERPRINT, SAMPLES, is_pack
+from common.schemas import REJECTS
+from common.shard_files import CONTENT, SAMPLES, is_pack, origin_of
 from extractor.tending.integrity import Expected, Fault, check_file, content_hash, samples_hash
 from extractor.tending.ledger import Pairs, ValidShard, in_threads, read_valid, write_valid
 
 
 def rejects_folder(teacher: str) -> str:
     """Folder of the rows a teacher could not embed, relative to the lake."""
-    return f"rejects/stage=extract/teacher={teacher}"
+    return f"{EXTRACT_REJECTS}/{teacher}"
 
 
 def write_features(
@@ -29,9 +28,17 @@ def write_features(
     index: int,
     features: pa.Table,
     rejects: list[tuple[str, str, str]],
-    identity: dict[str, Any],
+    manifest: Mapping[str, Any],
 ) -> int:
     """Write one shard of one teacher: its rejects first, then the embeddings, whose presence means "done".
+
+    Args:
+        lake: The lake.
+        teacher: Name of the partition.
+        index: The shard.
+        features: Its embeddings.
+        rejects: Sample id, reason and detail of each row that could not be embedded.
+        manifest: Content of the partition's manifest, read once: it is not looked at here.
 
     Returns:
         Bytes written.
@@ -41,18 +48,17 @@ def write_features(
         lake.storage.write_table(name, _rejects_table(teacher, rejects))
     else:
         lake.storage.remove(name)  # of an earlier attempt that failed where this one did not
-    return write_single(lake, teacher, index, features, identity)
+    return write_single(lake, teacher, index, features, manifest)
 
 
-def write_single(lake: Lake, teacher: str, index: int, features: pa.Table, identity: Mapping[str, Any]) -> int:
-    """Write one shard's embeddings as a file of its own, with its producer and its hashes in the footer.
+def write_single(lake: Lake, teacher: str, index: int, features: pa.Table, manifest: Mapping[str, Any]) -> int:
+    """Write one shard's embeddings as a file of its own, with whose they are and its hashes in the footer.
 
     Returns:
         Bytes written.
     """
     metadata = {
-        FINGERPRINT: fingerprint(identity),
-        "mmkd.schema_version": str(SCHEMA_VERSION),
+        **origin_of(teacher, manifest),
         SAMPLES: samples_hash(features["sample_id"]),
         CONTENT: content_hash(features),
     }
@@ -97,7 +103,7 @@ def find_valid(lake: Lake, teacher: str, identity: dict[str, Any], pairs: Pairs 
     Args:
         lake: The lake.
         teacher: Name of the partition.
-        identity: Its producer, as ``teacher.json`` records it.
+        identity: Its producer, as its manifest records it.
         pairs: From :func:`survey_pairs`, where several teachers are looked at.
 
     Raises:

@@ -22,12 +22,13 @@ def check_terms(lake: Lake, specs: list[ModelSpec], accepted: tuple[str, ...]) -
         raise ConfigError(f"--accept-terms names {', '.join(unknown)}, which --teachers does not.")
     found: dict[str, str] = {}
     refused = []
+    recorded = lake.recorded_teachers()
     for spec in specs:
         terms = spec.derivative_terms or "nothing is recorded; find out before you publish a student"
         logger.info("extract: terms of %s: %s; %s", spec.name, spec.license or "licence not known", terms)
         if not spec.needs_consent:
             continue
-        earlier = lake.read_teacher(spec.name).get("terms_accepted_at") if spec.name in lake.teachers() else None
+        earlier = lake.read_teacher(spec.name).get("terms_accepted_at") if spec.name in recorded else None
         if spec.name in accepted or earlier:
             found[spec.name] = str(earlier or now())
         else:

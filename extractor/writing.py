@@ -23,8 +23,8 @@ class WriteOrder:
     """What every writer of a run needs to know."""
 
     lake_uri: str
-    identities: dict[str, dict[str, Any]]
-    """Teacher -> everything that determines its files."""
+    manifests: dict[str, dict[str, Any]]
+    """Teacher -> content of its manifest, which each file's footer draws on."""
     leases: Mapping[str, Lease] = field(default_factory=dict)
     """``teacher=NAME`` -> whether the partition is still this run's to write."""
 
@@ -43,5 +43,5 @@ def write_file(
         raise LeaseError(
             f"Teacher {teacher!r} of {order.lake_uri} belongs to another run now; shard {shard} was not written."
         )
-    size = write_features(Lake(order.lake_uri), teacher, shard, features, rejects, order.identities[teacher])
+    size = write_features(Lake(order.lake_uri), teacher, shard, features, rejects, order.manifests[teacher])
     return size, time.monotonic() - started

@@ -144,7 +144,7 @@ class TeacherTerms:
 
 
 def _terms(lake: Lake | None, identity: dict[str, Any]) -> list[TeacherTerms]:
-    present = lake.teachers() if lake else []
+    present = lake.recorded_teachers() if lake else []
     found = []
     for name, fingerprinted in (identity.get("teachers") or {}).items():
         facts = lake.read_teacher(name) if lake and name in present else {}

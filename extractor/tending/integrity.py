@@ -87,7 +87,7 @@ def check_file(
         folder: The teacher's folder.
         place: Name and mark of a file there: one shard's own, or a pack.
         expected: Shard -> what its pairs demand; only these shards are looked at.
-        identity: What the teacher's ``teacher.json`` records as its producer.
+        identity: What the teacher's manifest records as its producer.
 
     Returns:
         Shard -> what is wrong with it, or None.
@@ -102,7 +102,7 @@ def check_file(
         return dict.fromkeys(expected, Fault(error.what))
     wanted = fingerprint(identity)
     if file.fingerprint != wanted:
-        strange = f"it was made by another producer (fingerprint {file.fingerprint}, teacher.json has {wanted})"
+        strange = f"it was made by another producer (fingerprint {file.fingerprint}, the manifest has {wanted})"
         return dict.fromkeys(expected, Fault(strange))
     return {index: _check_shard(file, index, wish, identity) for index, wish in expected.items()}
 
@@ -123,7 +123,7 @@ def check_features(table: pa.Table, facts: ShardFacts, expected: Expected, ident
         table: All columns of the shard.
         facts: What the file's footer says of it.
         expected: What its pairs demand.
-        identity: What the teacher's ``teacher.json`` records as its producer.
+        identity: What the teacher's manifest records as its producer.
 
     Returns:
         The first thing that is wrong, or None.

@@ -1,8 +1,9 @@
 """What was found valid before, so that a resume need not read it again: caches, never the truth.
 
-``features/teacher=T/valid.json`` lists the shards whose embeddings were checked in full, each with the mark of the file
-that held them and of its pairs; ``features/pairs.json`` keeps rows and hashes of the pairs. An entry counts while the
-marks in a fresh listing are the same. A ledger that is torn, foreign or copied from another lake only costs reading.
+``manifests/valid/teachers/T.json`` lists the shards whose embeddings were checked in full, each with the mark of the
+file that held them and of its pairs; ``manifests/valid/pairs.json`` keeps rows and hashes of the pairs. An entry counts
+while the marks in a fresh listing are the same. A ledger that is torn, foreign or copied from another lake only costs
+reading.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 
 from common.config import StrictModel, fingerprint
 from common.errors import LakeError, StorageError
-from common.lake import Lake, shard_name
+from common.lake import PAIRS_LEDGER, Lake, shard_name, teacher_ledger
 from common.listing import FileMark, Place
 from common.logs import logger
 from common.parquet_reading import read_columns, read_footer
@@ -23,7 +24,6 @@ from common.shard_files import UNREADABLE
 from extractor.tending.integrity import Expected, samples_hash
 
 READ_THREADS = 16
-PAIRS_LEDGER = "features/pairs.json"
 
 
 class PairFacts(NamedTuple):
@@ -44,13 +44,13 @@ class ValidShard(NamedTuple):
 
 
 class PairsLedger(StrictModel):
-    """The content of :data:`PAIRS_LEDGER`."""
+    """The content of :data:`common.lake.PAIRS_LEDGER`."""
 
     shards: dict[int, PairFacts] = {}
 
 
 class ValidLedger(StrictModel):
-    """The content of a teacher's ``valid.json``; ``fingerprint`` is the producer's."""
+    """The content of a teacher's ledger; ``fingerprint`` is the producer's."""
 
     fingerprint: str = ""
     shards: dict[int, ValidShard] = {}
@@ -134,7 +134,7 @@ class Pairs:
 
 def read_valid(lake: Lake, teacher: str, identity: Mapping[str, Any]) -> dict[int, ValidShard]:
     """Shard -> where it was found valid; empty if there is no ledger, or none of this producer."""
-    ledger = _read_ledger(lake, valid_name(lake, teacher), ValidLedger)
+    ledger = _read_ledger(lake, teacher_ledger(teacher), ValidLedger)
     return ledger.shards if ledger.fingerprint == fingerprint(identity) else {}
 
 
@@ -157,12 +157,7 @@ def write_valid(
         if index in places and index in pairs.marks and places[index].mark.version and pairs.marks[index].version
     }
     ledger = ValidLedger(fingerprint=fingerprint(identity), shards=shards)
-    _write_ledger(lake, valid_name(lake, teacher), ledger)
-
-
-def valid_name(lake: Lake, teacher: str) -> str:
-    """Path of a teacher's ledger, relative to the lake."""
-    return f"{lake.features_folder(teacher)}/valid.json"
+    _write_ledger(lake, teacher_ledger(teacher), ledger)
 
 
 def is_current(known: PairFacts | None, mark: FileMark) -> bool:

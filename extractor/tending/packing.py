@@ -20,8 +20,7 @@ from common.errors import LakeError, StorageError
 from common.lake import Lake, shard_name
 from common.listing import FileMark, Place, list_marks
 from common.logs import logger
-from common.schemas import SCHEMA_VERSION
-from common.shard_files import FINGERPRINT, PACK, ShardFacts, ShardFile, is_pack, pack_name, shards_in
+from common.shard_files import PACK, ShardFacts, ShardFile, is_pack, origin_of, pack_name, shards_in
 from extractor.sink import write_single
 from extractor.tending.integrity import Fault, check_features, check_file, content_hash, samples_hash
 from extractor.tending.ledger import Pairs, in_threads
@@ -34,18 +33,20 @@ class Partition:
 
     Attributes:
         folder: The teacher's folder, relative to the lake.
-        identity: The producer, as ``teacher.json`` records it.
+        manifest: What produced the files.
+        identity: The producer, as the manifest records it.
     """
 
     def __init__(self, lake: Lake, teacher: str, pairs: Pairs) -> None:
         """Look a teacher up.
 
         Raises:
-            LakeError: It has no ``teacher.json``.
+            LakeError: It has no manifest.
         """
         self.lake, self.teacher, self.pairs = lake, teacher, pairs
         self.folder = lake.features_folder(teacher)
-        self.identity: dict[str, Any] = lake.read_teacher(teacher)["fingerprint"]
+        self.manifest = lake.read_teacher(teacher)
+        self.identity: dict[str, Any] = self.manifest["fingerprint"]
         self._faults: dict[Place, dict[int, Fault]] = {}
 
     def marks(self) -> dict[str, FileMark]:
@@ -115,7 +116,7 @@ def write_pack(partition: Partition, files: list[Place]) -> Place:
         writer = writer or _open_writer(buffer, table.schema, file.footer)
         fault = check_features(table, file.facts[index], expected[index], partition.identity)
         if file.fingerprint != producer:
-            fault = Fault("it was made by another producer than teacher.json records")
+            fault = Fault("it was made by another producer than the manifest records")
         elif not table.schema.equals(writer.schema):
             fault = Fault("its columns are not those of the files before it")
         if fault is not None:
@@ -126,7 +127,7 @@ def write_pack(partition: Partition, files: list[Place]) -> Place:
         facts.append(ShardFacts(index, table.num_rows, samples, content))
     assert writer is not None
     listing = json.dumps([fact._asdict() for fact in facts])
-    writer.add_key_value_metadata({FINGERPRINT: producer, "mmkd.schema_version": str(SCHEMA_VERSION), PACK: listing})
+    writer.add_key_value_metadata({**origin_of(partition.teacher, partition.manifest), PACK: listing})
     writer.close()
     name = pack_name(shards[0][1], shards[-1][1])
     partition.lake.storage.write_bytes(f"{partition.folder}/{name}", buffer.getvalue())
@@ -166,7 +167,7 @@ def unpack(partition: Partition, pack: Place, shards: Iterable[int]) -> None:
     for index in wanted:
         assert file is not None
         table = file.read(index).replace_schema_metadata(None)
-        write_single(partition.lake, partition.teacher, index, table, partition.identity)
+        write_single(partition.lake, partition.teacher, index, table, partition.manifest)
     partition.remove([pack.name])
 
 

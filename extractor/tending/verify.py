@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.errors import LakeError, SchemaError, StorageError
-from common.lake import Lake, now, open_lake, require_teachers, shard_name
+from common.lake import EXTRACT_REJECTS, Lake, now, open_lake, require_teachers, shard_name, teacher_manifest
 from common.lease import hold_all
 from common.listing import FileMark, Place
 from common.local_disk import LOCK, TEMPORARY
@@ -22,6 +22,7 @@ from common.logs import Progress, logger
 from common.parquet_reading import table_of
 from common.schemas import PAIRS, check_table
 from common.shard_files import UNREADABLE, is_pack, locate, shards_in
+from common.teachers_table import TEACHERS_TABLE, refresh_teachers
 from extractor.sink import rejects_folder
 from extractor.tending.integrity import Fault
 from extractor.tending.ledger import Pairs, in_threads, write_valid
@@ -30,7 +31,6 @@ from extractor.tending.packing import Partition, dissolve, overlapping, settle
 KILLED_AFTER_SECONDS = 3600
 """A temporary file older than this belongs to no write that is still under way."""
 SHOWN_FAULTS = 3
-REJECTS = "rejects/stage=extract"
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def verify(
     """
     started = time.monotonic()
     lake = open_lake(lake_uri)
-    wanted = require_teachers(lake, teachers) if teachers else lake.teachers()
+    wanted = require_teachers(lake, teachers) if teachers else lake.partitions()
     run, leased = f"verify-{now()}", [f"teacher={name}" for name in wanted] if repair else []
     report = VerifyReport(pairs_checked=pairs)
     with hold_all(lake.storage, leased, run, lease_seconds):
@@ -116,8 +116,18 @@ def verify(
         report.findings += _clear(lake, [*killed_writes(lake)], repair)
         report.findings += killed_uploads(lake, repair)
         known.save()
+        _refresh_teachers(lake)
     report.seconds = time.monotonic() - started
     return report
+
+
+def _refresh_teachers(lake: Lake) -> None:
+    """Bring the table of teachers up to date; like a ledger, it is made from what is there and never the truth."""
+    try:
+        if refresh_teachers(lake):
+            logger.info("verify: teachers.parquet was not what the manifests say, and was written anew")
+    except StorageError as error:  # whoever may only read can still verify
+        logger.debug("%s was not written: %s", TEACHERS_TABLE, error)
 
 
 def verify_teacher(lake: Lake, teacher: str, pairs: Pairs, repair: bool, report: VerifyReport) -> None:
@@ -126,9 +136,10 @@ def verify_teacher(lake: Lake, teacher: str, pairs: Pairs, repair: bool, report:
         partition = Partition(lake, teacher, pairs)
     except (LakeError, KeyError):
         what = (
-            "it is missing or of another kind, so nothing says what made these files; restore it or delete the folder"
+            "it is missing or of another kind, so nothing says what made the files in "
+            f"{lake.features_folder(teacher)}; restore it or delete that folder"
         )
-        report.findings.append(Finding(f"{lake.features_folder(teacher)}/teacher.json", what))
+        report.findings.append(Finding(teacher_manifest(teacher), what))
         return
     marks = partition.marks()
     faults = _check_all(partition, marks)
@@ -254,7 +265,7 @@ def orphaned_rejects(lake: Lake, teachers: Iterable[str], everybody: bool) -> It
     """Rejects of shards that have no embeddings: the run was killed between the two, or the embeddings were removed."""
     names = set(teachers)
     if everybody:
-        names |= {name.partition("=")[2] for name in lake.storage.list_folders(REJECTS) if name.startswith("teacher=")}
+        names |= set(lake.storage.list_folders(EXTRACT_REJECTS))
     for teacher in sorted(names):
         folder = rejects_folder(teacher)
         orphans = set(lake.files(folder)) - set(lake.files(lake.features_folder(teacher)))

@@ -94,7 +94,7 @@ class Bench:
         self, job: Job, models: int = 1, anew: bool = True, kill_when: Callable[[], bool] | None = None
     ) -> WholeRun:
         """``mmkd extract`` as a user would type it."""
-        for left in ("features", "runs", "rejects", "leases") if anew else ():
+        for left in ("features", "manifests", "runs", "rejects", "leases") if anew else ():
             shutil.rmtree(job.lake / left, ignore_errors=True)
         names = ",".join(f"model{seed}={self.folder}/model{seed}" for seed in range(models))
         command = [sys.executable, "-m", "cluster.cli", "extract", str(job.lake), "--teachers", names]

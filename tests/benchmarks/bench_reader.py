@@ -109,7 +109,7 @@ def write_shard(
         schema = features_schema(dim, dim)
         columns["extra_text_embeddings"] = pa.array([[]] * len(ids), schema.field("extra_text_embeddings").type)
         features = pa.table({field: columns[field] for field in schema.names}, schema=schema)
-        write_single(lake, name, shard, features, {"image_dim": dim, "text_dim": dim})
+        write_single(lake, name, shard, features, {"fingerprint": {"image_dim": dim, "text_dim": dim}})
         chosen = [{"sample_id": one, "admitted": bool(said)} for one, said in zip(ids, masks[name], strict=True)]
         selected = pa.Table.from_pylist(chosen, schema=SELECTION)
         lake.storage.write_table(f"selection/sel/teacher={name}/{shard_name(shard)}", selected)

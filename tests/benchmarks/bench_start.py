@@ -28,7 +28,7 @@ START_TARGET, NOTHING_TARGET = 1.3, 2.0
 
 def first_shard_by_command(lake: str, teachers: list[str]) -> float:
     """Seconds from the start of ``mmkd extract`` to the first stored shard that all teachers have; the run goes on."""
-    for left in ("features", "runs", "rejects"):
+    for left in ("features", "manifests", "runs", "rejects"):
         shutil.rmtree(Path(lake) / left, ignore_errors=True)
     program = "import sys; from cluster.cli import main; sys.argv[0] = 'mmkd'; main()"
     command = [sys.executable, "-c", program, "extract", lake, "--teachers", ",".join(teachers)]
@@ -77,7 +77,7 @@ def write_finished_lake(folder: Path, jpegs: list[bytes], shards: int, teacher: 
     config = ExtractConfig(teachers=(teacher,))
     (item,) = describe_inputs(find_teachers(config), config).values()
     identity = identity_of(item, config)
-    record_teacher(lake, item, identity, 100.0, None)
+    manifest = record_teacher(lake, item, identity, 100.0, None)
     dim = item.description.image_dim or 0
     schema = features_schema(dim, dim, False)
     for index in range(shards):
@@ -91,7 +91,7 @@ def write_finished_lake(folder: Path, jpegs: list[bytes], shards: int, teacher: 
             "text_norm": pa.array([1.0], pa.float32()),
             "extra_text_embeddings": pa.array([[]], schema.field("extra_text_embeddings").type),
         }
-        write_single(lake, item.name, index, pa.table(columns, schema=schema), identity)
+        write_single(lake, item.name, index, pa.table(columns, schema=schema), manifest)
     return str(folder)
 
 
@@ -101,9 +101,7 @@ def resume(lake: str, teacher: str, trust: bool) -> float:
     from extractor.pipeline import extract
 
     if not trust:
-        (Path(lake) / "features" / "pairs.json").unlink(missing_ok=True)
-        for ledger in Path(lake).glob("features/*/valid.json"):
-            ledger.unlink()
+        shutil.rmtree(Path(lake) / "manifests" / "valid", ignore_errors=True)
     started = time.perf_counter()
     report = extract(lake, ExtractConfig(teachers=(teacher,)))
     seconds = time.perf_counter() - started

@@ -57,10 +57,10 @@ def teach(uri: str) -> None:
     made = {name: {"name": name, "image_dim": width, "text_dim": width} for name, width in WIDTHS.items()}
     for name, identity in made.items():
         manifest = {"fingerprint": identity, "logit_scale": 50.0}
-        lake.storage.write_json(f"{lake.features_folder(name)}/teacher.json", manifest)
+        lake.storage.write_json(f"manifests/teachers/{name}.json", manifest)
     teachers = {name: fingerprint(identity) for name, identity in made.items()}
     document = {"fingerprint": {"config": {}, "teachers": teachers}, "created_at": "2026-01-01T00:00:00+00:00"}
-    lake.storage.write_json("selection/sel/selection.json", {**document, "teachers": list(made)})
+    lake.storage.write_json("manifests/selection/sel.json", {**document, "teachers": list(made)})
 
 
 def unit(draw: np.random.Generator, rows: int, width: int) -> np.ndarray:

@@ -251,7 +251,7 @@ def write_features(uri: str, name: str, folder: Path) -> None:
         lake.storage.write_table(f"{lake.features_folder(name)}/{shard_name(shard)}", table)
     made = {"name": name, "image_dim": image.shape[1], "text_dim": text.shape[1]}
     manifest = {"fingerprint": made, "logit_scale": scale}
-    lake.storage.write_json(f"{lake.features_folder(name)}/teacher.json", manifest)
+    lake.storage.write_json(f"manifests/teachers/{name}.json", manifest)
 
 
 def load_model(folder: Path) -> tuple[Student, float]:

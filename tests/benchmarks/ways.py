@@ -104,7 +104,7 @@ def _extract_anew(order: Order) -> None:
     from extractor.config import ExtractConfig
     from extractor.pipeline import extract
 
-    for left in ("features", "runs", "rejects"):
+    for left in ("features", "manifests", "runs", "rejects"):
         shutil.rmtree(Path(order.lake) / left, ignore_errors=True)
     extract(order.lake, ExtractConfig(teachers=tuple(order.teachers), micro_batch=order.micro_batch, **order.settings))
 

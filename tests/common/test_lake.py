@@ -10,7 +10,9 @@ from common.lake import (
     create_lake,
     open_lake,
     require_teachers,
+    selection_manifest,
     shard_name,
+    teacher_manifest,
 )
 from common.schemas import SCHEMA_VERSION
 
@@ -52,6 +54,31 @@ def test_stray_files_are_not_shards(make_lake, tmp_path):
         lake.storage.write_bytes(f"pairs/{name}", b"x")
     assert lake.shards() == [0]
     assert shard_name(7) == "shard-000007.parquet"
+
+
+def test_a_teacher_is_there_with_its_manifest_and_its_embeddings(make_lake, tmp_path):
+    lake = make_lake(tmp_path / "lake", rows=4)
+    assert lake.teachers() == []
+    for name in ("both", "both.new", "deleted"):
+        lake.storage.write_json(teacher_manifest(name), {"fingerprint": {}})
+    for name in ("both", "both.new", "unexplained"):
+        lake.storage.write_bytes(f"{lake.features_folder(name)}/{shard_name(0)}", b"x")
+    assert lake.teachers() == require_teachers(lake, None) == ["both", "both.new"]
+    assert lake.partitions() == ["both", "both.new", "unexplained"]
+    assert lake.recorded_teachers() == ["both", "both.new", "deleted"]
+    for name in ("deleted", "unexplained"):
+        with pytest.raises(LakeError, match=rf"no embeddings of teacher '{name}' \(it has: both, both.new\)"):
+            require_teachers(lake, [name])
+
+
+def test_a_selection_is_there_with_its_manifest_and_its_tables(make_lake, tmp_path):
+    lake = make_lake(tmp_path / "lake", rows=4)
+    assert lake.selections() == []
+    for name in ("both", "deleted"):
+        lake.storage.write_json(selection_manifest(name), {})
+    for name in ("both", "unfinished"):
+        lake.storage.write_bytes(f"{lake.selection_folder(name)}/teacher=t/{shard_name(0)}", b"x")
+    assert lake.selections() == ["both"]
 
 
 def test_packs_are_seen_through_among_embeddings_only(make_lake, tmp_path):

@@ -23,7 +23,7 @@ def test_names_say_which_shards_a_file_holds():
     assert shards_in(shard_name(7)) == range(7, 8)
     assert shards_in(pack_name(3, 66)) == range(3, 67)
     assert list(shards_in(pack_name(3, 66), packed=False)) == []
-    for other in ("teacher.json", "shard-7.parquet", "shards-000000.parquet", "shard-000001.parquet.tmp"):
+    for other in ("notes.json", "shard-7.parquet", "shards-000000.parquet", "shard-000001.parquet.tmp"):
         assert list(shards_in(other)) == []
     assert is_pack(pack_name(0, 1))
     assert not is_pack(shard_name(0))

@@ -1,6 +1,8 @@
 import os
 import pickle
+import tempfile
 import threading
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -119,6 +121,17 @@ def test_a_reader_never_sees_half_a_local_write(tmp_path):
         stop.set()
         writer.join()
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_folder_on_a_disk_of_its_own_is_written_to(tmp_path):
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("only one file system here")
+    with tempfile.TemporaryDirectory(dir=memory) as elsewhere:
+        (tmp_path / "features").symlink_to(elsewhere)
+        Storage(str(tmp_path)).write_bytes("features/x", b"1")
+        assert os.listdir(elsewhere) == ["x"]
+    assert os.listdir(tmp_path) == ["features"]
 
 
 def test_temporary_names_of_a_killed_writer_are_not_listed(tmp_path):

@@ -39,7 +39,7 @@ def lake(make_lake, tmp_path) -> Lake:
 def embed(lake: Lake, teacher: str) -> None:
     """Unit vectors of both towers for every pair, drawn from a seed."""
     draw = np.random.default_rng(len(teacher))
-    lake.storage.write_json(f"features/teacher={teacher}/teacher.json", {"fingerprint": {"made": "by hand"}})
+    lake.storage.write_json(f"manifests/teachers/{teacher}.json", {"fingerprint": {"made": "by hand"}})
     schema = features_schema(DIM, DIM)
     for index in lake.shards():
         ids = lake.read_pairs(index, ["sample_id"])["sample_id"]
@@ -50,7 +50,7 @@ def embed(lake: Lake, teacher: str) -> None:
             columns.append(pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), DIM))
             columns.append(pa.array(np.full(len(ids), 3.5, np.float32)))
         columns.append(pa.nulls(len(ids), schema.field("extra_text_embeddings").type))
-        write_features(lake, teacher, index, pa.table(columns, schema=schema), [], {"made": "by hand"})
+        write_features(lake, teacher, index, pa.table(columns, schema=schema), [], {"fingerprint": {"made": "by hand"}})
 
 
 def test_it_prints_tables_and_leaves_a_page_in_a_local_lake(lake):

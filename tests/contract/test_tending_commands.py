@@ -51,7 +51,7 @@ def test_damage_is_a_table_and_a_sentence_and_repair_says_what_to_run(lake):
         ["t", "1", "1", "1"],
     ]
     assert re.match(r"features/teacher=t/shard-000001\.parquet: (its values|shard 1 does not read)", lines[3])
-    assert lines[4] == "rejects/stage=extract/teacher=t/shard-000002.parquet: its shard has no embeddings"
+    assert lines[4] == "rejects/extract/t/shard-000002.parquet: its shard has no embeddings"
     extract = f"mmkd extract {lake.uri} --teachers t=/models/t"
     assert lines[6:] == [
         f"To remove what is bad: mmkd verify {lake.uri} --repair",

@@ -24,6 +24,10 @@ from extractor.sources import plan_sources, read_part
 CONFIG = IngestConfig(format="mmkd-features")
 
 
+def manifests_of(teachers: list[Imported]) -> dict[str, dict]:
+    return {teacher.partition: {"fingerprint": teacher.identity} for teacher in teachers}
+
+
 class Published:
     """A folder as MMKD-CLIP's authors distribute them, written pair by pair."""
 
@@ -202,7 +206,7 @@ def test_a_shard_holds_what_the_files_hold_and_nulls_elsewhere(published, tmp_pa
     published.add("infinite", {"PLIP_img": torch.full((8,), torch.inf), "PLIP_txt": unit(8, 3)})
     published.add("wide", speaking("PLIP", width=9))
     lake, teachers = lake_of(tmp_path, published.table), [Imported("PLIP", 8), Imported("QuiltNet", 8)]
-    answer = import_shard(lake, 0, published.table, teachers)
+    answer = import_shard(lake, 0, published.table, teachers, manifests_of(teachers))
     assert {name: found["vectors"] for name, found in answer.items()} == {
         "plip.imported": 2,
         "quiltnet-b-32.imported": 1,
@@ -222,7 +226,7 @@ def test_a_shard_holds_what_the_files_hold_and_nulls_elsewhere(published, tmp_pa
     assert table["extra_text_embeddings"].to_pylist() == [[], [], [], [], [], [None]]
     # The files stand up to what extract asks of its own.
     assert find_valid(lake, "plip.imported", teachers[0].identity) == {0}
-    rejects = lake.storage.read_table("rejects/stage=extract/teacher=plip.imported/shard-000000.parquet")
+    rejects = lake.storage.read_table("rejects/extract/plip.imported/shard-000000.parquet")
     assert rejects["sample_id"].to_pylist() == ["id-2", "id-3", "id-4"]
 
 
@@ -246,7 +250,7 @@ def test_a_picture_whose_caption_the_lake_lacks_keeps_its_own_vector_alone(publi
 def test_vectors_are_rounded_to_the_precision_that_is_asked_for(published, tmp_path):
     published.add("one", speaking("PLIP", seed=1))
     lake, teacher = lake_of(tmp_path, published.table), Imported("PLIP", 8, precision="bfloat16")
-    import_shard(lake, 0, published.table, [teacher])
+    import_shard(lake, 0, published.table, [teacher], manifests_of([teacher]))
     stored = np.array(lake.read_features("plip.imported", 0)["image_embedding"][0].as_py(), np.float32)
     np.testing.assert_array_equal(stored, unit(8, 100).bfloat16().float().numpy())
     assert find_valid(lake, "plip.imported", teacher.identity) == {0}
@@ -257,7 +261,7 @@ def test_every_teacher_speaks_where_it_has_vectors(published, tmp_path):
     published.add("both", speaking("PLIP", "QuiltNet", seed=1))
     published.add("one", speaking("PLIP", seed=2))
     lake, teachers = lake_of(tmp_path, published.table), [Imported("PLIP", 8), Imported("QuiltNet", 8)]
-    import_shard(lake, 0, published.table, teachers)
+    import_shard(lake, 0, published.table, teachers, manifests_of(teachers))
     identities = {teacher.partition: teacher.identity for teacher in teachers}
     name = importing.select_present(lake, identities)
     assert importing.select_present(lake, identities) == name
@@ -268,4 +272,4 @@ def test_every_teacher_speaks_where_it_has_vectors(published, tmp_path):
     assert quilt["admitted"].to_pylist() == [True, False, False]
     assert plip["cosine"][1].as_py() == pytest.approx(float(unit(8, 200) @ unit(8, 201)), abs=1e-3)
     assert quilt["cosine"].to_pylist()[1:] == [None, None]
-    assert lake.storage.read_json(f"selection/{name}/selection.json")["teachers"] == sorted(identities)
+    assert lake.storage.read_json(f"manifests/selection/{name}.json")["teachers"] == sorted(identities)

@@ -16,6 +16,7 @@ from common.config import fingerprint
 from common.errors import LakeError
 from common.lake import Lake, open_lake, shard_name
 from common.schemas import PAIRS, SCHEMA_VERSION
+from common.version import VERSION
 from extractor.sink import find_valid, record_valid, survey_pairs, write_features
 from extractor.tending.ledger import PAIRS_LEDGER
 
@@ -73,10 +74,35 @@ def test_the_footer_says_who_made_the_file_and_what_it_holds(lake):
     assert re.fullmatch("[0-9a-f]{64}", said["mmkd.content"])
 
 
+def test_the_footer_says_whose_the_embeddings_are_and_what_is_allowed(lake):
+    said = {key.decode(): value.decode() for key, value in pq.read_metadata(feature_file(lake, 0)).metadata.items()}
+    assert (
+        said.items()
+        >= {
+            "mmkd.teacher": "t",
+            "mmkd.image_dim": "16",
+            "mmkd.text_dim": "16",
+            "mmkd.weights_sha256": "weights of t",
+            "mmkd.license": "MIT",
+            "mmkd.derivatives": "allowed",
+            "mmkd.version": VERSION,
+            "mmkd.created_at": lake.read_teacher("t")["created_at"],
+        }.items()
+    )
+    assert "mmkd.derivative_terms" not in said, "nobody stated them"
+
+
+def test_a_file_that_is_written_again_is_the_same_byte_for_byte(lake):
+    before = feature_file(lake, 1).read_bytes()
+    feature_file(lake, 1).unlink()
+    embed(lake, "t", shards=[1])
+    assert feature_file(lake, 1).read_bytes() == before
+
+
 def test_rejects_are_written_first_and_an_earlier_attempts_are_removed(lake):
-    rejects = "rejects/stage=extract/teacher=t/shard-000000.parquet"
+    rejects = "rejects/extract/t/shard-000000.parquet"
     assert lake.storage.read_table(rejects).num_rows == 1
-    size = write_features(lake, "t", 0, features_of(lake, "t", 0), [], IDENTITY)
+    size = write_features(lake, "t", 0, features_of(lake, "t", 0), [], lake.read_teacher("t"))
     assert size == feature_file(lake, 0).stat().st_size
     assert not lake.storage.exists(rejects)
 
@@ -242,7 +268,7 @@ def test_a_second_look_reads_no_file_that_a_listing_shows_unchanged(lake):
 )
 def test_a_torn_ledger_is_ignored_and_written_anew(lake, ledger):
     find_valid(lake, "t", IDENTITY)
-    name = "features/teacher=t/valid.json"
+    name = "manifests/valid/teachers/t.json"
     whole = lake.storage.read_bytes(name)
     lake.storage.write_bytes(name, ledger)
     lake.storage.write_bytes(PAIRS_LEDGER, ledger)
@@ -272,12 +298,12 @@ def test_a_runs_own_files_are_recorded_where_listing_and_size_agree(lake):
     pairs = survey_pairs(lake)
     written = embed(lake, "t", shards=[0, 1])
     record_valid(lake, "t", IDENTITY, {0: written[0], 1: written[1] + 1, 7: 5}, pairs)
-    recorded = json.loads(lake.storage.read_bytes("features/teacher=t/valid.json"))["shards"]
+    recorded = json.loads(lake.storage.read_bytes("manifests/valid/teachers/t.json"))["shards"]
     assert set(recorded) == {"0"}
     overwrite(feature_file(lake, 0), b"x" * feature_file(lake, 0).stat().st_size)
     assert find_valid(lake, "t", IDENTITY, pairs) == {0, 1, 2}
     record_valid(lake, "t", IDENTITY, {}, pairs)
-    assert set(json.loads(lake.storage.read_bytes("features/teacher=t/valid.json"))["shards"]) == {"0", "1", "2"}
+    assert set(json.loads(lake.storage.read_bytes("manifests/valid/teachers/t.json"))["shards"]) == {"0", "1", "2"}
 
 
 def test_what_may_only_be_read_can_still_be_resumed(lake):
@@ -302,5 +328,5 @@ def test_a_resume_with_nothing_to_do_is_a_listing_and_a_ledger(make_lake, s3, ca
     lines = [re.sub(r"\x1b\[\d*m", "", record.getMessage()) for record in caplog.records]
     asked = [re.search(r'"(\w+) (\S+)', line).groups() for line in lines]
     assert [method for method, path in asked if "list-type=2" in path] == ["GET"]
-    assert {path.rsplit("/", 1)[-1] for _, path in asked if "list-type" not in path} == {"valid.json"}
+    assert {path.rsplit("/", 1)[-1] for _, path in asked if "list-type" not in path} == {"t.json"}
     assert len(asked) <= 3

@@ -42,5 +42,5 @@ def test_consent_to_a_stranger_is_a_mistake(make_lake, catalog, tmp_path):
 def test_consent_recorded_in_the_lake_still_holds(make_lake, catalog, tmp_path):
     lake = make_lake(tmp_path / "lake", rows=4)
     manifest = {"fingerprint": {}, "terms_accepted_at": "2026-01-02T03:04:05+00:00"}
-    lake.storage.write_json("features/teacher=unimed-clip/teacher.json", manifest)
+    lake.storage.write_json("manifests/teachers/unimed-clip.json", manifest)
     assert check_terms(lake, [catalog["unimed-clip"]], ()) == {"unimed-clip": manifest["terms_accepted_at"]}

@@ -46,9 +46,20 @@ class TestExtract:
             for index in lake.shards():
                 features = lake.read_features(teacher, index)
                 assert features["sample_id"].equals(lake.read_pairs(index)["sample_id"])
-        reject = lake.storage.read_table("rejects/stage=extract/teacher=b/shard-000000.parquet").to_pylist()
+        reject = lake.storage.read_table("rejects/extract/b/shard-000000.parquet").to_pylist()
         assert [row["stage"] for row in reject] == ["extract:b"]
         assert lake.read_teacher("a")["logit_scale"] == pytest.approx(1 / 0.07, rel=1e-4)
+        table = {row["name"]: row for row in lake.storage.read_table("teachers.parquet").to_pylist()}
+        assert {name: (row["text_dim"], row["image_size"]) for name, row in table.items()} == {
+            "a": (16, 32),
+            "b": (24, 48),
+            "hf": (24, 32),
+        }
+        for teacher in ("a", "b", "hf"):
+            _, said = lake.storage.read_metadata(f"features/teacher={teacher}/shard-000001.parquet")
+            facts = table[teacher]
+            assert (said["mmkd.teacher"], said["mmkd.created_at"]) == (teacher, facts["created_at"])
+            assert said["mmkd.weights_sha256"] == facts["weights_sha256"]
         before = file_hashes(lake)
         again = extract(lake.uri, config)
         assert (again.shards, again.skipped, sum(again.forwards.values())) == (0, 9, 0)
@@ -57,7 +68,7 @@ class TestExtract:
     def test_what_a_writer_met_is_the_headline_of_the_account(self, make_lake, teachers, tmp_path, monkeypatch):
         monkeypatch.setattr(processes, "FEW_CORES", 0)  # so that a task of Ray's writes, and its error travels
         lake = make_lake(tmp_path / "lake", rows=8, shard_rows=8, damaged=(3,))
-        lake.storage.write_bytes("rejects/stage=extract/teacher=a", b"a file where a folder should be")
+        lake.storage.write_bytes("rejects/extract/a", b"a file where a folder should be")
         with pytest.raises(StorageError) as raised:
             extract(lake.uri, ExtractConfig(teachers=named(teachers, "a"), max_reject_fraction=0.5))
         (run,) = lake.storage.list_folders("runs")

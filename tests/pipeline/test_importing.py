@@ -74,6 +74,15 @@ def test_the_vectors_in_the_lake_are_those_of_the_files(home, published):
 
     lake = open_lake(str(home / "lake"))
     assert lake.teachers() == sorted(consented("imported"))
+    table = lake.storage.read_table("teachers.parquet").to_pylist()
+    assert [row["name"] for row in table] == lake.teachers()
+    assert {row["image_dim"] for row in table if row["name"] == "quiltnet-b-32.imported"} == {512}
+    _, said = lake.storage.read_metadata("features/teacher=quiltnet-b-32.imported/shard-000000.parquet")
+    assert (said["mmkd.teacher"], said["mmkd.image_dim"]) == ("quiltnet-b-32.imported", "512")
+    assert (said["mmkd.license"], said["mmkd.created_at"]) == tuple(
+        lake.read_teacher("quiltnet-b-32.imported")[key] for key in ("license", "created_at")
+    )
+    assert "mmkd.weights_sha256" not in said, "nobody can tell with which weights they were made"
     listed = {row["id"]: row for row in map(json.loads, (published / "meta.jsonl").read_text().splitlines())}
     seen = 0
     for shard in lake.shards():

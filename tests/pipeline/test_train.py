@@ -200,8 +200,8 @@ def test_a_distillation_of_another_student_is_refused(lake_copy, one_worker, dis
 def test_a_distillation_by_another_selection_is_refused(lake_copy, one_worker):
     # Newer, and it admits what the other one does: only its name differs.
     shutil.copytree(Path(lake_copy.uri, "selection/sel"), Path(lake_copy.uri, "selection/stricter"))
-    manifest = lake_copy.read_json("selection/sel/selection.json")
-    lake_copy.write_json("selection/stricter/selection.json", {**manifest, "created_at": "2026-02-01T00:00:00+00:00"})
+    manifest = lake_copy.read_json("manifests/selection/sel.json")
+    lake_copy.write_json("manifests/selection/stricter.json", {**manifest, "created_at": "2026-02-01T00:00:00+00:00"})
     refused(lake_copy, one_worker.checkpoint, stage2_config(), "selection")
     named = stage2_config().model_copy(update={"selection": "stricter"})
     refused(lake_copy, one_worker.checkpoint, named, "config.selection", "selection")
@@ -227,12 +227,12 @@ def test_a_distillation_of_other_admitted_rows_is_refused(lake_copy, one_worker)
 
 def test_a_distillation_of_other_embeddings_is_refused(lake_copy, one_worker):
     """Beta was extracted anew with other weights, and the selection made anew by these under its old name."""
-    teacher = lake_copy.read_json("features/teacher=beta/teacher.json")
+    teacher = lake_copy.read_json("manifests/teachers/beta.json")
     made = {**teacher["fingerprint"], "weights_sha256": "another"}
-    lake_copy.write_json("features/teacher=beta/teacher.json", {**teacher, "fingerprint": made})
-    selection = lake_copy.read_json("selection/sel/selection.json")
+    lake_copy.write_json("manifests/teachers/beta.json", {**teacher, "fingerprint": made})
+    selection = lake_copy.read_json("manifests/selection/sel.json")
     selection["fingerprint"]["teachers"]["beta"] = fingerprint(made)
-    lake_copy.write_json("selection/sel/selection.json", selection)
+    lake_copy.write_json("manifests/selection/sel.json", selection)
     refused(lake_copy, one_worker.checkpoint, stage2_config(), "teachers.beta.weights_sha256")
 
 
@@ -258,7 +258,7 @@ def test_a_selection_of_embeddings_that_were_replaced_is_refused(one_worker, tmp
 
     lake = helpers().write_lake(str(tmp_path / "lake"))
     replaced = {"fingerprint": {"name": "beta", "weights_sha256": "another"}, "logit_scale": 20.0}
-    Storage(lake).write_json("features/teacher=beta/teacher.json", replaced)
+    Storage(lake).write_json("manifests/teachers/beta.json", replaced)
     with pytest.raises(LakeError, match=r"other embeddings of beta than the lake holds now. Run `mmkd select"):
         train_stage2(lake, "x", one_worker.last, stage2_config())
 

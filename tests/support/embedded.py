@@ -9,9 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from common.lake import Lake, claim_partition
+from common.lake import Lake
 from common.schemas import features_schema
 from common.seeding import seed_of
+from common.teachers_table import refresh_teachers
+from extractor.partitions import claim_teacher
 from extractor.sink import write_features
 
 
@@ -48,13 +50,14 @@ def features_of(lake: Lake, teacher: str, index: int, dim: int = 16) -> pa.Table
 def embed(lake: Lake, teacher: str, dim: int = 16, shards: list[int] | None = None) -> dict[int, int]:
     """Embed shards of a lake (default: all); the second row of each is a reject. Returns shard -> bytes."""
     identity = identity_of(teacher, dim)
-    facts = {"spec": {"name": teacher, "path": f"/models/{teacher}"}}
-    claim_partition(lake.storage, f"{lake.features_folder(teacher)}/teacher.json", identity, "", facts)
+    facts = {"spec": {"name": teacher, "path": f"/models/{teacher}"}, "license": "MIT", "derivatives": "allowed"}
+    manifest = claim_teacher(lake, teacher, identity, facts)
     written = {}
     for index in lake.shards() if shards is None else shards:
         features = features_of(lake, teacher, index, dim)
         rejects = [(features["sample_id"][1].as_py(), "image not decodable", "made up")] if len(features) > 1 else []
-        written[index] = write_features(lake, teacher, index, features, rejects, identity)
+        written[index] = write_features(lake, teacher, index, features, rejects, manifest)
+    refresh_teachers(lake)
     return written
 
 

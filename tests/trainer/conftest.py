@@ -154,10 +154,10 @@ def write_lake(
     made = {name: {"name": name, "image_dim": dim, "text_dim": dim} for name, (dim, _) in teachers.items()}
     for name in teachers:
         manifest = {"fingerprint": made[name], "logit_scale": 20.0}
-        lake.storage.write_json(f"{lake.features_folder(name)}/teacher.json", manifest)
+        lake.storage.write_json(f"manifests/teachers/{name}.json", manifest)
     identity = {"config": {}, "teachers": {name: fingerprint(made[name]) for name in teachers}}
     selection = {"fingerprint": identity, "created_at": "2026-01-01T00:00:00+00:00", "teachers": list(teachers)}
-    lake.storage.write_json("selection/sel/selection.json", selection)
+    lake.storage.write_json("manifests/selection/sel.json", selection)
     return uri
 
 
@@ -207,7 +207,7 @@ def write_image_encoder(uri: str, dim: int = 10, name: str = "pixels") -> str:
         table = pa.Table.from_pylist(rows, schema=features_schema(dim, None))
         lake.storage.write_table(f"{lake.features_folder(name)}/{shard_name(shard)}", table)
     manifest = {"fingerprint": {"name": name, "image_dim": dim, "text_dim": None}, "logit_scale": None}
-    lake.storage.write_json(f"{lake.features_folder(name)}/teacher.json", manifest)
+    lake.storage.write_json(f"manifests/teachers/{name}.json", manifest)
     return name
 
 

@@ -176,9 +176,9 @@ def store_views(uri, teachers, seed=7):
                 row["view_embeddings"] = None if int(row["sample_id"], 16) % 5 == 0 else vectors
             stored = pa.Table.from_pylist(rows, schema=features_schema(dim, dim, views=True))
             lake.storage.write_table(f"{lake.features_folder(name)}/shard-{shard:06d}.parquet", stored)
-        manifest = lake.storage.read_json(f"{lake.features_folder(name)}/teacher.json")
+        manifest = lake.storage.read_json(f"manifests/teachers/{name}.json")
         manifest["fingerprint"]["views"] = {"count": 3, "least_area": 0.4, "seed": seed}
-        lake.storage.write_json(f"{lake.features_folder(name)}/teacher.json", manifest)
+        lake.storage.write_json(f"manifests/teachers/{name}.json", manifest)
 
 
 def test_student_and_teachers_see_the_same_stored_crop(data, tiny_lake):

@@ -34,7 +34,7 @@ def test_selection_admits_it_wherever_it_has_a_vector(selected):
         for row in rows:
             assert row["admitted"] == (int(row["sample_id"], 16) % 11 != 0)
             assert row["cosine"] is row["rank"] is row["cosine_quantile"] is None
-    summary = lake.storage.read_json(f"selection/{selected[1]}/selection.json")["summary"]
+    summary = lake.storage.read_json(f"manifests/selection/{selected[1]}.json")["summary"]
     assert all(entry["skill"] is None and entry["kept"] > 0.8 for entry in summary["pixels"].values())
     assert all(entry["skill"] is not None for entry in summary["alpha"].values())
 
@@ -42,7 +42,7 @@ def test_selection_admits_it_wherever_it_has_a_vector(selected):
 def test_the_summary_says_so(selected, caplog):
     from trainer.selection.summary import format_summary
 
-    summary = open_lake(selected[0]).storage.read_json(f"selection/{selected[1]}/selection.json")["summary"]
+    summary = open_lake(selected[0]).storage.read_json(f"manifests/selection/{selected[1]}.json")["summary"]
     (line,) = [line for line in format_summary(summary).splitlines() if line.startswith("pixels")]
     assert "images only kept" in line
 

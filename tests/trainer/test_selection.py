@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from changed_pairs import without_captions
 
-from common.errors import LakeError
+from common.errors import LakeError, MmkdError
 from common.lake import Lake, open_lake
 from trainer.config import SelectConfig
 from trainer.selection.select import select
@@ -120,14 +120,14 @@ def test_the_best_matched_share_of_the_train_rows_is_kept_in_each_modality(tiny_
 def test_a_teacher_speaks_only_where_it_beats_chance_by_enough(tiny_lake):
     summary = open_lake(tiny_lake).storage
     name = select(tiny_lake, SelectConfig(min_skill=0.0, keep_fraction=1))
-    skills = summary.read_json(f"selection/{name}/selection.json")["summary"]["alpha"]
+    skills = summary.read_json(f"manifests/selection/{name}.json")["summary"]["alpha"]
     bar = sorted(entry["skill"] for entry in skills.values())[1]
     strict = select(tiny_lake, SelectConfig(min_skill=bar, keep_fraction=1))
     rows = selected(tiny_lake, strict, "alpha")
     for modality, entry in skills.items():
         admitted = [row["admitted"] for row in rows if row["modality"] == modality and row["cosine"] is not None]
         assert all(admitted) if entry["skill"] > bar else entry["skill"] == bar or not any(admitted)
-    said = format_summary(summary.read_json(f"selection/{strict}/selection.json")["summary"])
+    said = format_summary(summary.read_json(f"manifests/selection/{strict}.json")["summary"])
     assert "kept 100%" in said
     assert "kept 0%" in said
 
@@ -165,6 +165,28 @@ def test_the_same_question_is_answered_once_and_counts_as_the_newest(tiny_lake):
     assert lake.storage.read_bytes(f"selection/{first}/teacher=alpha/shard-000000.parquet") == before, file
 
 
+def test_a_selection_that_was_deleted_is_made_anew(tiny_lake):
+    lake = open_lake(tiny_lake)
+    name = select(tiny_lake, EVERYONE)
+    lake.storage.remove(f"selection/{name}")
+    with pytest.raises(LakeError, match=f"no selection '{name}'"):
+        choose_selection(lake, name, ())
+    assert select(tiny_lake, EVERYONE) == name
+    assert choose_selection(lake, name, ())[0] == name
+    assert len(selected(tiny_lake, name, "alpha")) == 96
+
+
+def test_half_of_a_selection_is_not_taken_for_the_one_that_was_deleted(tiny_lake):
+    lake = open_lake(tiny_lake)
+    name = select(tiny_lake, EVERYONE)
+    lake.storage.remove(f"selection/{name}")
+    lake.storage.write_bytes("features/teacher=beta/shard-000002.parquet", b"torn: the second teacher ends the attempt")
+    with pytest.raises(MmkdError):
+        select(tiny_lake, EVERYONE)
+    assert lake.storage.list_folders(f"selection/{name}") == ["teacher=alpha"]
+    assert name not in lake.selections()
+
+
 def test_a_teacher_whose_shards_are_not_all_there_is_refused(tiny_lake):
     lake = open_lake(tiny_lake)
     lake.storage.remove("features/teacher=beta/shard-000002.parquet")
@@ -181,7 +203,7 @@ def test_a_selection_of_other_embeddings_or_teachers_is_refused(tiny_lake):
         choose_selection(lake, "none", ())
     manifest = lake.read_teacher("alpha")
     other = {**manifest, "fingerprint": {**manifest["fingerprint"], "weights_sha256": "other"}}
-    lake.storage.write_json("features/teacher=alpha/teacher.json", other)
+    lake.storage.write_json("manifests/teachers/alpha.json", other)
     with pytest.raises(LakeError, match="made from other embeddings of alpha"):
         choose_selection(lake, name, ())
 
@@ -208,9 +230,9 @@ def test_where_nobody_may_speak_the_best_competent_teacher_does_if_so_asked(tiny
     assert changed > 20
     lake = open_lake(tiny_lake)
     for name in lake.storage.list_folders("selection"):
-        if not lake.storage.exists(f"selection/{name}/keep-rates.svg"):
+        if not lake.storage.exists(f"manifests/selection/{name}.svg"):
             continue  # the fixture's own
-        summary = lake.storage.read_json(f"selection/{name}/selection.json")["summary"]
+        summary = lake.storage.read_json(f"manifests/selection/{name}.json")["summary"]
         for teacher in ("alpha", "beta"):
             rows = [row for row in selected(tiny_lake, name, teacher) if row["cosine"] is not None]
             for modality, entry in summary[teacher].items():
@@ -222,10 +244,10 @@ def test_the_report_shows_keep_rates_and_what_becomes_of_retrieval(tiny_lake, ca
     lake = open_lake(tiny_lake)
     with caplog.at_level("INFO", "mmkd"):
         name = select(tiny_lake, SelectConfig(min_skill=0, keep_fraction=0.5))
-    chart = lake.storage.read_bytes(f"selection/{name}/keep-rates.svg").decode()
+    chart = lake.storage.read_bytes(f"manifests/selection/{name}.svg").decode()
     assert "alpha" in chart
     assert "green" in chart
-    summary = lake.storage.read_json(f"selection/{name}/selection.json")["summary"]
+    summary = lake.storage.read_json(f"manifests/selection/{name}.json")["summary"]
     before, after = summary["alpha"]["red"]["found_first"]
     assert summary["beta"]["red"]["found_first"] == [None, None]
     table = caplog.text[caplog.text.index("true caption ranked first among up to 1000 sampled others") :]
@@ -236,10 +258,10 @@ def test_the_report_shows_keep_rates_and_what_becomes_of_retrieval(tiny_lake, ca
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_retrieval_before_and_after_is_that_of_the_rows_themselves(tiny_lake, share, keep_one):
     skills = select(tiny_lake, EVERYONE)
-    bar = open_lake(tiny_lake).storage.read_json(f"selection/{skills}/selection.json")["summary"]["alpha"]
+    bar = open_lake(tiny_lake).storage.read_json(f"manifests/selection/{skills}.json")["summary"]["alpha"]
     middle = sorted(entry["skill"] for entry in bar.values())[1]
     name = select(tiny_lake, SelectConfig(min_skill=middle + 1e-3, keep_fraction=share, keep_one=keep_one))
-    summary = open_lake(tiny_lake).storage.read_json(f"selection/{name}/selection.json")["summary"]
+    summary = open_lake(tiny_lake).storage.read_json(f"manifests/selection/{name}.json")["summary"]
     absent = 0
     for teacher, entries in summary.items():
         rows = [row for row in selected(tiny_lake, name, teacher) if row["cosine"] is not None]
@@ -287,7 +309,7 @@ def test_by_default_competent_teachers_keep_the_papers_74_percent_in_each_modali
     for teacher in ("alpha", "beta"):
         make_skilful(tiny_lake, teacher)
     name = select(tiny_lake, SelectConfig())
-    summary = open_lake(tiny_lake).storage.read_json(f"selection/{name}/selection.json")["summary"]
+    summary = open_lake(tiny_lake).storage.read_json(f"manifests/selection/{name}.json")["summary"]
     train = {row["sample_id"] for row in everything(tiny_lake, "alpha") if row["split"] == "train"}
     checked = 0
     for teacher, entries in summary.items():
@@ -312,7 +334,7 @@ def test_rows_without_a_teacher_are_counted_and_a_silent_modality_is_warned_of(t
         name = select(tiny_lake, SelectConfig(min_skill=0.9, keep_one=keep_one))
     rows = {teacher: selected(tiny_lake, name, teacher) for teacher in ("alpha", "beta")}
     alone = [not any(both) for both in zip(*([row["admitted"] for row in one] for one in rows.values()), strict=True)]
-    counted = open_lake(tiny_lake).storage.read_json(f"selection/{name}/selection.json")["rows"]
+    counted = open_lake(tiny_lake).storage.read_json(f"manifests/selection/{name}.json")["rows"]
     for modality in ("red", "green", "blue"):
         here = [lonely for lonely, row in zip(alone, rows["alpha"], strict=True) if row["modality"] == modality]
         assert counted[modality] == {"rows": len(here), "without_teacher": sum(here)}

@@ -8,18 +8,24 @@ import numpy as np
 import pyarrow as pa
 
 from common.config import fingerprint
-from common.lake import Lake, claim_partition, now, open_lake, require_teachers, shard_name
+from common.lake import (
+    Lake,
+    claim_partition,
+    now,
+    open_lake,
+    require_teachers,
+    selection_chart,
+    selection_manifest,
+    shard_name,
+)
 from common.logs import Progress, logger
 from common.schemas import SELECTION
 from trainer.config import SelectConfig
 from trainer.selection.read import check_complete, read_shards
 from trainer.selection.rule import Rule
-from trainer.selection.stored import MANIFEST
 from trainer.selection.summary import format_found_first, format_silent, format_summary, format_totals, keep_rates_chart
 from trainer.selection.survey import survey_teacher
 from trainer.selection.tally import NO_ROWS, Tally, tally
-
-CHART = "keep-rates.svg"
 
 
 def select(lake_uri: str, config: SelectConfig) -> str:
@@ -42,29 +48,30 @@ def select(lake_uri: str, config: SelectConfig) -> str:
         "shards": shards,
     }
     name = fingerprint(identity)
-    manifest = f"selection/{name}/{MANIFEST}"
-    if lake.storage.exists(manifest):
+    manifest, folder = selection_manifest(name), lake.selection_folder(name)
+    if name in lake.selections():
         # Stage 2 takes the newest selection, and this is the one asked for last.
         lake.storage.write_json(manifest, {**lake.storage.read_json(manifest), "created_at": now()})
         logger.info("select: selection/%s is there already, made with the same settings; nothing to do", name)
         return name
+    lake.storage.remove(manifest)  # of a selection that was deleted: it must not vouch for half of a new one
     for teacher in teachers:
         check_complete(lake, teacher, shards)
     progress = Progress("select", len(teachers), "teachers")
     summary = {}
     for teacher in teachers:
-        summary[teacher] = select_for(lake, f"selection/{name}/teacher={teacher}", teacher, shards, config)
+        summary[teacher] = select_for(lake, f"{folder}/teacher={teacher}", teacher, shards, config)
         progress.advance(1, teacher)
     if config.keep_one:
-        keep_one(lake, f"selection/{name}", teachers, shards, summary)
-    counts = tally(lake, f"selection/{name}", teachers, shards)
+        keep_one(lake, folder, teachers, shards, summary)
+    counts = tally(lake, folder, teachers, shards)
     for teacher, modalities in summary.items():
         for modality, entry in modalities.items():
             entry.update(counts.teachers.get((teacher, modality), NO_ROWS).report)
-    lake.storage.write_bytes(f"selection/{name}/{CHART}", keep_rates_chart(summary).encode())
+    lake.storage.write_bytes(selection_chart(name), keep_rates_chart(summary).encode())
     rows = {modality: heard._asdict() for modality, heard in counts.modalities.items()}
     facts = {"teachers": teachers, "summary": summary, "rows": rows, "without_caption": counts.without_caption}
-    # Written last: a folder without it is an unfinished selection, which readers ignore.
+    # Written last: a folder of tables without it is an unfinished selection, which readers ignore.
     claim_partition(lake.storage, manifest, identity, "", facts)
     _report(name, config, counts, summary)
     return name

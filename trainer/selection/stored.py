@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from common.config import fingerprint
 from common.errors import LakeError
-from common.lake import Lake, require_teachers
+from common.lake import Lake, require_teachers, selection_manifest
 from common.logs import logger
-
-MANIFEST = "selection.json"
 
 
 def choose_selection(lake: Lake, asked: str | None, names: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
@@ -21,11 +19,7 @@ def choose_selection(lake: Lake, asked: str | None, names: tuple[str, ...]) -> t
     Raises:
         LakeError: There is no selection, not the one asked for, or it lacks a teacher.
     """
-    manifests = {
-        name: lake.storage.read_json(f"selection/{name}/{MANIFEST}")
-        for name in lake.storage.list_folders("selection")
-        if lake.storage.exists(f"selection/{name}/{MANIFEST}")
-    }
+    manifests = {name: lake.storage.read_json(selection_manifest(name)) for name in lake.selections()}
     if not manifests:
         raise LakeError(f"{lake.uri} has no selection yet. Run `mmkd select {lake.uri}` first.")
     newest = max(manifests, key=lambda name: (str(manifests[name]["created_at"]), name))

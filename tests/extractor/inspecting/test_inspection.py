@@ -49,7 +49,7 @@ def embed(
     shards: list[int] | None = None,
 ) -> None:
     """Write a teacher's files by hand: vectors [pairs, D] of either tower; ``absent`` rows have no image vector."""
-    lake.storage.write_json(f"features/teacher={teacher}/teacher.json", {"fingerprint": {"made": "by hand"}})
+    lake.storage.write_json(f"manifests/teachers/{teacher}.json", {"fingerprint": {"made": "by hand"}})
     start = 0
     for index in lake.shards():
         ids = lake.read_pairs(index, ["sample_id"])["sample_id"]
@@ -63,7 +63,7 @@ def embed(
         extra = pa.nulls(count, schema.field("extra_text_embeddings").type)
         table = pa.table([ids.combine_chunks(), *image, *text, extra], schema=schema)
         if shards is None or index in shards:
-            write_features(lake, teacher, index, table, rejects, {"made": "by hand"})
+            write_features(lake, teacher, index, table, rejects, {"fingerprint": {"made": "by hand"}})
         start += count
 
 

@@ -41,8 +41,9 @@ def embed(lake, config: ExtractConfig, teacher: str, shard: int) -> int:
     identity = identity_of(inputs[teacher], config)
     prepared = Measurement(lake.uri, inputs, shard, "", config).prepare([teacher]).prepare(shard)
     facts, features = Teacher(inputs[teacher], "cpu", 4).embed(prepared)
-    lake.storage.write_json(f"features/teacher={teacher}/teacher.json", {"fingerprint": identity})
-    return write_features(lake, teacher, shard, features, facts.rejects, identity)
+    manifest = {"fingerprint": identity}
+    lake.storage.write_json(f"manifests/teachers/{teacher}.json", manifest)
+    return write_features(lake, teacher, shard, features, facts.rejects, manifest)
 
 
 GIVEN = {"rates": {"a": 1000, "b": 100, "hf": 400}, "decode_rate": 20}

@@ -35,6 +35,17 @@ def folder_of(lake: Lake) -> Path:
     return Path(lake.uri) / FOLDER
 
 
+def test_a_pack_says_whose_it_is_like_the_files_it_replaces(lake):
+    def said(name: str) -> dict[bytes, bytes]:
+        metadata = pq.read_metadata(folder_of(lake) / name).metadata
+        return {key: value for key, value in metadata.items() if key not in (b"ARROW:schema", b"mmkd.pack")}
+
+    single = said(shard_name(0))
+    compact(lake.uri)
+    assert single[b"mmkd.teacher"] == b"t"
+    assert said(WHOLE) == {k: v for k, v in single.items() if k not in (b"mmkd.samples", b"mmkd.content")}
+
+
 def tables_of(lake: Lake) -> list:
     return [lake.read_features("t", index) for index in lake.shards(FOLDER)]
 
@@ -246,7 +257,7 @@ def test_a_file_with_other_values_counts_more_than_the_pack(lake):
     newer = newer.set_column(
         4, newer.schema.field(4), newer["text_norm"].combine_chunks().take([1, 0, 2, 3, 4, 5, 6, 7])
     )
-    write_features(lake, "t", 3, newer, [], IDENTITY)
+    write_features(lake, "t", 3, newer, [], lake.read_teacher("t"))
     compact(lake.uri)
     assert names_of(lake) == [WHOLE]
     expected = [*before[:3], newer, before[4]]

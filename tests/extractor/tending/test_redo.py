@@ -25,7 +25,7 @@ def record(lake):
     def record(teacher: str, identity: dict = BOTH, spec: dict | None = None, **facts: str) -> str:
         spec = {"name": teacher} if spec is None else spec
         manifest = {"fingerprint": identity, "spec": spec, **facts}
-        lake.storage.write_json(f"features/teacher={teacher}/teacher.json", manifest)
+        lake.storage.write_json(f"manifests/teachers/{teacher}.json", manifest)
         return teacher
 
     return record

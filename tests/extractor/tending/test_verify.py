@@ -20,7 +20,8 @@ from extractor.tending.verify import Tally, verify
 
 IDENTITY = identity_of("t")
 FOLDER = "features/teacher=t"
-REJECTS = "rejects/stage=extract/teacher=t"
+MANIFEST = "manifests/teachers/t.json"
+REJECTS = "rejects/extract/t"
 SHARDS = {0, 1, 2, 3, 4}
 
 
@@ -152,9 +153,9 @@ def test_shards_without_pairs_are_named_and_removed(lake):
 
 def test_rejects_without_embeddings_are_removed(lake):
     file(lake, 3).unlink()
-    lake.storage.write_bytes("rejects/stage=extract/teacher=gone/shard-000000.parquet", b"x")
+    lake.storage.write_bytes("rejects/extract/gone/shard-000000.parquet", b"x")
     report = verify(lake.uri)
-    orphans = {f"{REJECTS}/{shard_name(3)}", "rejects/stage=extract/teacher=gone/shard-000000.parquet"}
+    orphans = {f"{REJECTS}/{shard_name(3)}", "rejects/extract/gone/shard-000000.parquet"}
     assert set(found(report)) == orphans
     assert set(found(verify(lake.uri, ["t"]))) == {f"{REJECTS}/{shard_name(3)}"}
     assert verify(lake.uri, repair=True).is_good
@@ -197,10 +198,10 @@ def test_parts_that_a_killed_write_left_in_a_store_are_removed(make_lake, s3, mo
 
 
 def test_a_partition_of_unknown_origin_is_not_touched(lake):
-    file(lake, "teacher.json").unlink()
+    (Path(lake.uri) / MANIFEST).unlink()
     report = verify(lake.uri, repair=True)
     assert not report.is_good
-    assert list(found(report)) == [f"{FOLDER}/teacher.json"]
+    assert list(found(report)) == [MANIFEST]
     assert file(lake, 0).exists()
     with pytest.raises(LakeError, match="no embeddings of teacher 'nobody'"):
         verify(lake.uri, ["nobody"])

@@ -102,7 +102,7 @@ def test_what_does_not_fit_is_refused(tiny_lake):
         load_alignment(lake, name, BOTH)
     manifest = lake.read_teacher("alpha")
     changed = {**manifest, "fingerprint": {**manifest["fingerprint"], "weights_sha256": "other"}}
-    lake.storage.write_json("features/teacher=alpha/teacher.json", changed)
+    lake.storage.write_json("manifests/teachers/alpha.json", changed)
     with pytest.raises(LakeError, match="fitted to other embeddings of alpha"):
         load_alignment(lake, name, ("alpha",))
 

@@ -99,7 +99,7 @@ def test_the_folder_holds_a_card_with_data_teachers_recipe_and_scores(checkpoint
     teacher = {"weights_sha256": "ab" * 32}
     for name, terms in (("alpha", "no restrictions known"), ("beta", None)):
         small_lake.storage.write_json(
-            f"{small_lake.features_folder(name)}/teacher.json",
+            f"manifests/teachers/{name}.json",
             {"fingerprint": teacher, "logit_scale": 100.0, "license": "MIT", "derivative_terms": terms},
         )
     run = Path(small_lake.uri) / "runs" / "stage2-x"
