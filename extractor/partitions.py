@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
@@ -11,6 +10,7 @@ from common.lake import Lake, check_partition, claim_partition
 from common.models.load import describe_model, find_spec, read_catalog
 from common.models.spec import ModelSpec
 from common.schemas import SCHEMA_VERSION
+from common.storage import absolute_address, address_within
 from extractor.config import ExtractConfig
 from extractor.prepare import TeacherInput, restrict
 from extractor.sink import find_valid, survey_pairs
@@ -133,15 +133,23 @@ def record_teacher(
         "derivatives": spec.derivatives,
         "derivative_terms": spec.derivative_terms,
         "terms_accepted_at": accepted_at,
-        "spec": spec.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
+        "spec": _movable(spec.model_dump(mode="json", exclude_none=True, exclude_defaults=True), lake),
     }
     if catalog:
-        facts["catalog"] = str(Path(catalog).absolute())
+        facts["catalog"] = address_within(absolute_address(catalog), lake.uri)
     manifest = manifest_of(lake, teacher.name)
     claim_partition(lake.storage, manifest, identity, _remedy(teacher.name), facts)
     recorded = lake.read_teacher(teacher.name)
     if accepted_at and not recorded.get("terms_accepted_at"):  # a partition from before the terms were known
         lake.storage.write_json(manifest, {**recorded, **facts})
+
+
+def _movable(value: Any, lake: Lake) -> Any:
+    """The same with every address of something inside the lake relative to it, for lakes are moved and copied."""
+    if isinstance(value, dict):
+        return {key: _movable(entry, lake) for key, entry in value.items()}
+    is_address = isinstance(value, str) and ("://" in value or value.startswith("/"))
+    return address_within(value, lake.uri) if is_address else value
 
 
 def _remedy(name: str) -> str:
