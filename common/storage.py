@@ -28,7 +28,15 @@ from common.errors import StorageError
 from common.parquet_reading import read_columns, table_of
 from common.storage_errors import explained, without_secrets
 
-__all__ = ["ROW_GROUP_ROWS", "Storage", "Upload", "absolute_address", "without_secrets"]
+__all__ = [
+    "ROW_GROUP_ROWS",
+    "Storage",
+    "Upload",
+    "absolute_address",
+    "address_from",
+    "address_within",
+    "without_secrets",
+]
 
 SAMPLED_PICTURES = 16
 """So many tell whether a file's pictures are worth compressing."""
@@ -40,6 +48,22 @@ ROW_GROUP_ROWS = 20_000
 def absolute_address(uri: str) -> str:
     """An address that means the same in another working directory: a local path in full, others as they are."""
     return uri if "://" in uri or "::" in uri else os.path.abspath(uri)
+
+
+def address_within(address: str, home: str) -> str:
+    """An address as it is written down inside ``home``, which may be moved: relative to it if it lies inside.
+
+    Others stay as they are. :func:`address_from` is the inverse.
+    """
+    full, root = absolute_address(address), absolute_address(home).rstrip("/")
+    return full.removeprefix(f"{root}/") if full.startswith(f"{root}/") else address
+
+
+def address_from(written: str, home: str) -> str:
+    """The address behind what :func:`address_within` made of an absolute one, with ``home`` where it lies now."""
+    if "://" in written or "::" in written or os.path.isabs(written):
+        return written
+    return absolute_address(f"{home.rstrip('/')}/{written}")
 
 
 class Upload(NamedTuple):

@@ -110,6 +110,9 @@ class IngestConfig(StrictModel):
     lease_seconds: PositiveFloat = Field(
         60.0, description="An ingest that gives no sign of life for so long may be taken over by another."
     )
+    reread: int = Field(
+        0, ge=0, description="Another number reads a source again that is in the lake, if pictures it names changed."
+    )
     fetch: FetchConfig = FetchConfig()
     limits: DecodeLimits = DecodeLimits()
 

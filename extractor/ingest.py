@@ -6,9 +6,10 @@
    order; each shard is one task that copies staged rows and writes one file.
    ``ingests/<id>.json`` comes last and means that the ingest is part of the lake; then the staged files are removed.
 
-``<id>`` is a fingerprint of the source files (name, size, last change) and of the settings, so the same ingest run
-again does nothing. Another source begins a new shard: shards that are there are never rewritten, because embeddings
-may lie beside them. A lease lets one ingest at a time write to a lake; whoever comes second is told whose turn it is.
+``<id>`` is a fingerprint of the source files (name, size, and content or last change) and of the settings, so the same
+ingest run again does nothing. Another source begins a new shard: shards that are there are never rewritten, because
+embeddings may lie beside them. A lease lets one ingest at a time write to a lake; whoever comes second is told whose
+turn it is.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from common.lake import Lake, create_lake, now, run_name
 from common.lease import Lease, hold
 from common.logs import Progress, duration, logger
 from common.schemas import SCHEMA_VERSION
+from common.storage import address_within
 from common.storage_errors import without_secrets
 from extractor.commit import Committed, commit, insist_on_lease, manifest_name
 from extractor.config import FetchConfig, IngestConfig
@@ -133,7 +135,9 @@ def ingest(
         report = summarise(ingest_id, staged, committed)
         report.retried = len(retry.rows) if retry is not None else 0
         report.seconds = time.monotonic() - started
-        record = {**vars(report), "sources": [without_secrets(uri) for uri in sources], "fingerprint": identity}
+        # Relative to the lake where they lie in it, as the demo's: lakes are moved.
+        where = [without_secrets(address_within(uri, lake_uri)) for uri in sources]
+        record = {**vars(report), "sources": where, "fingerprint": identity}
         insist_on_lease(lake, lease)
         lake.storage.write_json(manifest_name(ingest_id), {**record, "created_at": now()})
         if retry is not None:
@@ -196,8 +200,8 @@ def find_earlier(lake: Lake, ingest_id: str) -> IngestReport | None:
     report.reasons, report.modalities, report.splits = map(Counter, (report.reasons, report.modalities, report.splits))
     report.already_done = True
     logger.info(
-        "ingest: nothing to do, this source is in the lake since %s (%d pairs in %d shards). If its pictures changed "
-        "since, touch the source file and run again: only rows that are new will be added.",
+        "ingest: nothing to do, this source is in the lake since %s (%d pairs in %d shards). If pictures that it names "
+        "changed since, run again with --set reread=1 (2 the next time): only rows that are new will be added.",
         *(found["created_at"], report.pairs, report.shards),
     )
     return report

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError, FingerprintError
@@ -11,6 +10,7 @@ from common.lake import Lake, check_partition, claim_partition, teacher_manifest
 from common.models.load import describe_model, find_spec, read_catalog
 from common.models.spec import ModelSpec
 from common.schemas import SCHEMA_VERSION
+from common.storage import absolute_address, address_within
 from common.version import VERSION
 from extractor.config import ExtractConfig
 from extractor.prepare import TeacherInput, restrict
@@ -134,10 +134,10 @@ def record_teacher(
         "derivatives": spec.derivatives,
         "derivative_terms": spec.derivative_terms,
         "terms_accepted_at": accepted_at,
-        "spec": spec.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
+        "spec": _movable(spec.model_dump(mode="json", exclude_none=True, exclude_defaults=True), lake),
     }
     if catalog:
-        facts["catalog"] = str(Path(catalog).absolute())
+        facts["catalog"] = address_within(absolute_address(catalog), lake.uri)
     recorded = claim_teacher(lake, teacher.name, identity, facts)
     if accepted_at and not recorded.get("terms_accepted_at"):  # a partition from before the terms were known
         recorded |= facts
@@ -172,6 +172,14 @@ def claim_teacher(
         lake.storage.remove(manifest)  # its files were deleted: there is nothing to mix with
     claim_partition(lake.storage, manifest, identity, remedy, {**facts, "mmkd_version": VERSION})
     return lake.read_teacher(name)
+
+
+def _movable(value: Any, lake: Lake) -> Any:
+    """The same with every address of something inside the lake relative to it, for lakes are moved and copied."""
+    if isinstance(value, dict):
+        return {key: _movable(entry, lake) for key, entry in value.items()}
+    is_address = isinstance(value, str) and ("://" in value or value.startswith("/"))
+    return address_within(value, lake.uri) if is_address else value
 
 
 def _remedy(name: str) -> str:

@@ -18,7 +18,7 @@ from common.models.load import load_model
 from common.models.open_clip import find_files
 from common.models.spec import ModelSpec
 from common.models.tokenizing import loadable_folder
-from common.storage import Storage
+from common.storage import Storage, address_within
 from common.version import VERSION
 from trainer.checkpoint import MODEL, Checkpoint, load_checkpoint
 from trainer.model_card import published_card, write_model_card
@@ -138,12 +138,19 @@ def _write_manifest(target: Storage, checkpoint: Checkpoint, weights_sha256: str
         {
             "exported_by": f"mmkd {VERSION}",
             "created_at": now(),
-            "checkpoint": checkpoint.uri,
+            "checkpoint": _written_in(target, checkpoint.uri),
             "checkpoint_fingerprint": fingerprint(checkpoint.manifest),
             "weights_sha256": weights_sha256,
             "files": [*names, EXPORT_MANIFEST],
         },
     )
+
+
+def _written_in(target: Storage, checkpoint_uri: str) -> str:
+    """A checkpoint's address as an export names it: relative to the lake if both lie in it, for lakes are moved."""
+    lake = lake_of(checkpoint_uri)
+    is_inside = lake is not None and address_within(target.uri, lake.uri) != target.uri
+    return address_within(checkpoint_uri, lake.uri) if lake is not None and is_inside else checkpoint_uri
 
 
 def _stale_files(target: Storage, force: bool) -> list[str]:

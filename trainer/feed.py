@@ -123,7 +123,7 @@ def _stream(
         fn_kwargs={"data": data, "lanes": lanes, "gate": keeper.actor},
         batch_size=None,
         num_cpus=0,  # it waits for storage
-        compute=ray.data.TaskPoolStrategy(READERS),
+        compute=ray.data.TaskPoolStrategy(min(READERS, len(items))),  # Ray Data warns of more than there is to do
         # An environment of their own gives them processes of their own: in time each process would have both a window
         # of rows and all that decoding imports.
         runtime_env={"env_vars": {"MMKD_STEP": "read"}},

@@ -9,7 +9,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,23 +19,24 @@ import ray
 from common.captions import captioned
 from common.config import fingerprint
 from common.errors import ClusterError, StoppedError, TrainError, from_row
-from common.lake import Lake, claim_partition
+from common.lake import Lake
 from common.logs import logger
 from common.seeding import rng
 from common.stopping import StopSignals
 from common.storage import Storage
 from trainer.architecture import Architecture
 from trainer.checkpoint import newest_checkpoint
+from trainer.claim import claim_run
 from trainer.config import DataConfig, ScaleConfig, Stage1Config, Stage2Config
 from trainer.data import TrainData, read_selection
 from trainer.order import Order
 from trainer.record import ERROR, RESULT, Job
+from trainer.starting_weights import identify
 from trainer.trackers import check_trackers
 from trainer.wishes import STOP
 
 VALIDATION_ROWS = 512
 LISTEN_SECONDS = 0.2
-RUN = "run.json"
 
 
 @dataclass(frozen=True)
@@ -194,24 +195,37 @@ def check_cluster(scale: ScaleConfig, data: DataConfig) -> Placement:
 def run_identity(
     stage: str, config: Stage1Config | Stage2Config, rows: LakeRows, architecture: Architecture, **facts: Any
 ) -> dict[str, Any]:
-    """Everything that determines what a run computes; how it is spread over machines is left out."""
-    settings = config.model_dump(mode="json", exclude={"scale": True, "data": {"tasks"}})
+    """Everything that determines what a run computes; how it is spread over machines is left out.
+
+    So is where things lie, since lakes are moved: the student and its first weights go by their content.
+    """
+    settings = config.model_dump(mode="json", exclude={"scale": True, "data": {"tasks"}, "model": True})
+    if isinstance(config, Stage1Config):
+        settings["model"] = identify(config.model)
     student = fingerprint(architecture.identity)
     return {"stage": stage, "config": settings, "data": rows.identity, "student": student, **facts}
 
 
-def launch(lake: Lake, run: str, job: Job, data: TrainData, placement: Placement) -> TrainResult:
+def launch(lake: Lake, run: str, job: Job, data: TrainData, placement: Placement, extend: bool = False) -> TrainResult:
     """Run a job to its end, or go on with it; a finished one is only reported. Ray must be initialised.
+
+    Args:
+        lake: Where the run's folder is.
+        run: Its name.
+        job: What the run is.
+        data: What the workers read.
+        placement: Where they go.
+        extend: Whether a run that was begun with fewer epochs may go on to those of ``job``.
 
     Raises:
         FingerprintError: The name belongs to a run of another configuration or on other data.
+        TrainError: There is no run to extend.
         StoppedError: SIGTERM or SIGINT came; the workers saved a checkpoint first.
         MmkdError: What the workers found wrong.
     """
     storage = Storage(job.run_uri)
-    claim_partition(
-        storage, RUN, job.identity, f"Choose another --run name, or delete runs/{run} to start it afresh.", {"run": run}
-    )
+    claimed = claim_run(storage, run, job, extend)
+    job = replace(job, key=claimed["id"], extended=tuple(claimed.get("extended", ())))
     if storage.exists(RESULT):
         logger.info("%s: run %s is finished; nothing to do", job.stage, run)
         return read_result(storage, run)

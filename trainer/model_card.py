@@ -19,6 +19,7 @@ from common.captions import captioned
 from common.config import fingerprint
 from common.lake import Lake, now
 from common.models.spec import ModelSpec
+from common.storage import address_within
 from common.version import VERSION
 from trainer.checkpoint import Checkpoint
 from trainer.evaluation.scores import read_scores
@@ -54,7 +55,7 @@ def write_model_card(
         name=name,
         program=f"mmkd {VERSION}",
         date=now()[:10],
-        checkpoint=checkpoint.uri,
+        checkpoint=address_within(checkpoint.uri, lake.uri) if lake else checkpoint.uri,
         fingerprint=fingerprint(checkpoint.manifest),
         sha256=weights_sha256,
         loading=_loading(config.get("model_cfg", config)),
@@ -92,7 +93,8 @@ def _scores_of(lake: Lake, weights_sha256: str) -> pa.Table | None:
 
 
 def _recipe(state: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: state[key] for key in ("stage", "step", "total_steps", "epoch", "metrics") if key in state}
+    names = ("stage", "asked", "extended", "step", "total_steps", "epoch", "metrics")
+    kept = {key: state[key] for key in names if state.get(key) not in (None, {}, [])}
     return {**kept, **{key: value for key, value in state["identity"].items() if key != "teachers"}}
 
 
@@ -117,8 +119,9 @@ def _pair_counts(lake: Lake) -> dict[str, Counter[str]]:
 
 def _data(lake: Lake) -> str:
     counts = _pair_counts(lake)
+    name = lake.uri.rstrip("/").rpartition("/")[2]
     lines = [
-        f"Lake `{lake.uri}`: {sum(counts['split'].values()):,} image-caption pairs ({_listed(counts['split'])}).",
+        f"Lake `{name}`: {sum(counts['split'].values()):,} image-caption pairs ({_listed(counts['split'])}).",
         "",
         f"Modalities: {_listed(counts['modality'])}.",
         "",

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +39,7 @@ from trainer.optim import load_optimizer_tensors, optimizer_tensors
 from trainer.student import Student
 from trainer.trackers import open_tracker
 
+RUN = "run.json"
 METRICS = "metrics.jsonl"
 METRICS_SECONDS = 60.0
 """Metric rows are stored with every checkpoint, and so often between two."""
@@ -64,6 +65,12 @@ class Job:
     validation_places: np.ndarray
     identity: dict[str, Any]
     """What the run is, as in run.json; goes into every checkpoint."""
+    asked: dict[str, str] = field(default_factory=dict)
+    """For people: the names and addresses behind the hashes of the identity, relative to the lake if inside it."""
+    extended: tuple[dict[str, Any], ...] = ()
+    """When the run was given more epochs, as in run.json."""
+    key: str = ""
+    """By which trackers know the run; the driver finds it in run.json."""
 
 
 class Parts(NamedTuple):
@@ -119,7 +126,10 @@ class Recorder:
         self.rows = [row for row in read_metrics(run) if row["step"] <= first_step]
         self.progress = Progress(job.stage, job.total_steps, "steps", done=first_step)
         self.late = LateWrites(run)
-        self.trackers = [open_tracker(kind, run, job.stage, job.identity, self.late.write) for kind in job.scale.track]
+        facts = {**job.identity, "asked": job.asked}
+        self.trackers = [
+            open_tracker(kind, run, job.key, job.stage, facts, self.late.write) for kind in job.scale.track
+        ]
         self.lines = b""
         """What metrics.jsonl holds of the rows, or soon will."""
         self.told = 0
@@ -210,6 +220,8 @@ class Recorder:
             "step_in_epoch": report.step % self.data.order.steps_per_epoch,
             "stage": self.job.stage,
             "identity": self.job.identity,
+            "asked": self.job.asked,
+            "extended": list(self.job.extended),
             "metrics": row,
             # Order, crops, caption draws and dropout are functions of these, so there is no generator to save.
             "randomness": {"seed": self.data.order.seed, "keys": "purpose, epoch or step, sample or position"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from common.lake import open_lake
+from common.storage import address_within
 from trainer.architecture import resolve_architecture
 from trainer.config import ModelConfig, Stage1Config
 from trainer.data import TrainData
@@ -15,13 +16,14 @@ from trainer.starting_weights import load_start
 from trainer.student import Student
 
 
-def train_stage1(lake_uri: str, run: str, config: Stage1Config) -> TrainResult:
+def train_stage1(lake_uri: str, run: str, config: Stage1Config, *, extend: bool = False) -> TrainResult:
     """Train a student on a lake's train split, or go on where the run of this name stopped.
 
     Args:
         lake_uri: A lake with pairs.
         run: Name of the folder under ``runs/``.
         config: Everything else. Only ``scale`` and ``data.tasks`` may differ when a run goes on.
+        extend: Whether a run that was begun with fewer epochs may go on to those of ``config``.
 
     Raises:
         LakeError: No lake, or the run's name belongs to another configuration or other data.
@@ -46,8 +48,9 @@ def train_stage1(lake_uri: str, run: str, config: Stage1Config) -> TrainResult:
         start=functools.partial(_start, config.model),
         validation_places=rows.validation,
         identity=run_identity("stage1", config, rows, architecture),
+        asked={name: address_within(given, lake.uri) for name, given in config.model if given is not None},
     )
-    return launch(lake, run, job, TrainData(lake.uri, order, architecture, config.data.crop_scale), placement)
+    return launch(lake, run, job, TrainData(lake.uri, order, architecture, config.data.crop_scale), placement, extend)
 
 
 def _start(model: ModelConfig, student: Student) -> None:

@@ -8,14 +8,14 @@ from common.config import fingerprint
 from common.errors import TrainError
 from common.lake import Lake, open_lake
 from common.logs import logger
-from common.storage import Storage
+from common.storage import Storage, address_within
 from trainer.alignment.maps import Alignment, load_alignment
 from trainer.checkpoint import MODEL, load_checkpoint
 from trainer.config import Stage2Config
 from trainer.data import StoredViews, TrainData
-from trainer.launch import RUN, TrainResult, build_order, check_cluster, find_rows, launch, run_identity
+from trainer.launch import TrainResult, build_order, check_cluster, find_rows, launch, run_identity
 from trainer.objectives import DistillObjective
-from trainer.record import Job
+from trainer.record import RUN, Job
 from trainer.selection.stored import choose_selection
 from trainer.student import Student
 from trainer.temperature import fitted_scales
@@ -24,7 +24,9 @@ IMAGE_ENCODER_SCALE = 1 / 0.07
 """Factor on the cosines among pictures of a teacher that learned none, having no text tower: CLIP's first value."""
 
 
-def train_stage2(lake_uri: str, run: str, init: str | None, config: Stage2Config) -> TrainResult:
+def train_stage2(
+    lake_uri: str, run: str, init: str | None, config: Stage2Config, *, extend: bool = False
+) -> TrainResult:
     """Distil a lake's teachers into a student, or go on where the run of this name stopped.
 
     Args:
@@ -32,6 +34,7 @@ def train_stage2(lake_uri: str, run: str, init: str | None, config: Stage2Config
         run: Name of the folder under ``runs/``.
         init: A stage-1 checkpoint: a run's folder or one of its step folders. The student is built from it.
         config: Everything else. Only ``scale`` and ``data.tasks`` may differ when a run goes on.
+        extend: Whether a run that was begun with fewer epochs may go on to those of ``config``.
 
     Raises:
         LakeError: No lake, no embeddings, no selection, or the run's name belongs to another configuration.
@@ -83,12 +86,13 @@ def train_stage2(lake_uri: str, run: str, init: str | None, config: Stage2Config
         start=functools.partial(_start, checkpoint.uri),
         validation_places=rows.validation,
         identity=run_identity("stage2", config, rows, architecture, **facts),
+        asked={"init": address_within(checkpoint.uri, lake.uri)},
     )
     # Maps are fitted to unit vectors; what comes out of them has the length that counts then.
     lengths = config.distill.target_length == "stored" and alignment is None
     views = stored_views(lake, teachers, lengths) if config.views == "stored" else None
     data = TrainData(lake.uri, order, architecture, config.data.crop_scale, teachers, selection, lengths, views)
-    return launch(lake, run, job, data, placement)
+    return launch(lake, run, job, data, placement, extend)
 
 
 def teacher_scales(lake: Lake, teachers: tuple[str, ...], selection: str, config: Stage2Config) -> dict[str, float]:

@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 from common.errors import ModelError, TrainError
 from common.logs import logger
-from common.models.files import find_weights
+from common.models.files import find_weights, weights_sha256
 from common.models.open_clip import todays_names
 from common.models.tensors import Tensors, load_strictly, read_tensors, renamed, without
 from common.models.unimed import to_stock_names
 from trainer.config import ModelConfig
 from trainer.student import Student
 
+BERT_FILES = ("model.safetensors", "pytorch_model.bin")
 BERT_HEADS = ("cls.", "pooler.")
 """Of masked-language modelling; the student projects the tower's own states."""
 
@@ -23,6 +24,30 @@ class Towers(NamedTuple):
 
     image: str = "random"
     text: str = "random"
+
+
+def identify(model: ModelConfig) -> dict[str, str]:
+    """What a student's first weights are, for whoever asks whether they are the same: never where they lie.
+
+    Files go by their content, published weights by their names. A file that only the workers can see goes by its
+    address, for want of anything better.
+
+    Raises:
+        ModelError: A file cannot be read.
+    """
+    found = {}
+    for name in ("weights", "vision_weights", "text_weights"):
+        given = getattr(model, name)
+        if given is None:
+            continue
+        place = Path(given)
+        if place.is_dir():
+            place = find_weights(place, BERT_FILES, "student")
+        if place.is_file():
+            found[name] = f"sha256:{weights_sha256(place, 'student')}"
+        else:
+            found[name] = given if "/" in given else f"{model.architecture}/{given}"  # a tag is of an architecture
+    return found
 
 
 def load_start(student: Student, model: ModelConfig) -> Towers:
@@ -108,7 +133,7 @@ def load_text_tower(student: Student, weights: str) -> None:
     if not place.exists():
         raise TrainError(f"model.text_weights={weights!r}: there is no such file or folder.")
     try:
-        path = find_weights(place, ("model.safetensors", "pytorch_model.bin"), "student") if place.is_dir() else place
+        path = find_weights(place, BERT_FILES, "student") if place.is_dir() else place
         tensors = _bert_tower(read_tensors(path, "student"))
         load_strictly(tower, tensors, f"The text tower in {path}")
     except ModelError as error:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from common.config import fingerprint
 from common.errors import TrainError
 from common.storage import Storage
 
@@ -52,6 +51,7 @@ def check_trackers(kinds: Sequence[str]) -> None:
 def open_tracker(
     kind: str,
     run: Storage,
+    key: str,
     stage: str,
     identity: dict[str, Any],
     write: Callable[[str, bytes], None] | None = None,
@@ -60,7 +60,8 @@ def open_tracker(
 
     Args:
         kind: ``tensorboard``, ``mlflow`` or ``wandb``.
-        run: The run's folder, whose address names the run.
+        run: The run's folder, whose name is the run's.
+        key: By which a tool that keeps what it was given knows the run again, wherever its folder lies by then.
         stage: For people.
         identity: What the run is; becomes its parameters.
         write: Stores a file in the run's folder; by default at once.
@@ -68,7 +69,7 @@ def open_tracker(
     name = run.uri.rstrip("/").rsplit("/", 1)[-1]
     if kind == "tensorboard":
         return TensorBoard(write or run.write_bytes)
-    return (MLflow if kind == "mlflow" else WeightsAndBiases)(name, fingerprint(run.uri), stage, identity)
+    return (MLflow if kind == "mlflow" else WeightsAndBiases)(name, key, stage, identity)
 
 
 def scalars(row: dict[str, Any]) -> dict[str, float]:
@@ -159,7 +160,7 @@ class MLflow(_Continued):
 
 
 class WeightsAndBiases(_Continued):
-    """A run of the project ``mmkd`` (or of WANDB_PROJECT) whose id follows from its address."""
+    """A run of the project ``mmkd`` (or of WANDB_PROJECT) whose id is the run's own."""
 
     def __init__(self, name: str, key: str, stage: str, identity: dict[str, Any]) -> None:
         super().__init__()

@@ -19,6 +19,7 @@ from common.errors import MmkdError, TrainError, to_row
 from common.logs import configure_logs, logger
 from common.seeding import seed_of
 from common.storage import Storage
+from trainer.batch_norm import describe_parts, synchronise
 from trainer.checkpoint import newest_checkpoint, open_step
 from trainer.data import TrainData, digest_rows
 from trainer.feed import quiet_libraries, ray_batches, started
@@ -66,6 +67,9 @@ def run_job(job: Job, data_ref: ray.ObjectRef, run: Storage) -> None:
     parts = prepare(job, data, run, first_step, device)
     if job.scale.compile:
         parts.student.compile()  # in place, so that checkpoints know nothing of it
+    doubt = describe_parts(parts.student, data.order.batch_size, workers, job.scale.accumulate, device.type == "cuda")
+    if rank == 0 and doubt is not None:
+        logger.warning("%s: %s", job.stage, doubt)
     model, no_sync = wrap(parts.student, workers, device)
     plan = LoopPlan(
         total_steps=job.total_steps,
@@ -146,7 +150,6 @@ def wrap(
     if workers == 1:
         return student, contextlib.nullcontext
     if device.type == "cuda":
-        # Replaces layers in place, so the optimizer's and the checkpoints' parameters stay the same objects.
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(student)
+        synchronise(student)
     model = DistributedDataParallel(student, device_ids=[device.index] if device.type == "cuda" else None)
     return model, model.no_sync

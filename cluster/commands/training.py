@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 LakeUri = Annotated[str, typer.Argument(metavar="LAKE", help="Folder or address of the lake.")]
 Run = Annotated[str, typer.Option("--run", help="Name of the run; the same name resumes it.")]
+Extend = Annotated[
+    bool, typer.Option("--extend", help="Let the run go on, finished or not, to more epochs than before.")
+]
 
 train_app = typer.Typer(
     cls=TrainCommands,
@@ -88,6 +91,7 @@ def stage1(
     lake: LakeUri,
     run: Run = "stage1",
     epochs: Annotated[int | None, typer.Option(help="Passes over the train split.")] = None,
+    extend: Extend = False,
     config: ConfigFile = None,
     overrides: Overrides = None,
     print_config: PrintConfig = False,
@@ -106,7 +110,7 @@ def stage1(
     with ray_session():
         from trainer.stage1 import train_stage1
 
-        typer.echo(train_stage1(lake, run, settings).checkpoint)
+        typer.echo(train_stage1(lake, run, settings, extend=extend).checkpoint)
 
 
 @train_app.command("stage2")
@@ -118,6 +122,7 @@ def stage2(
     run: Run = "stage2",
     teachers: Teachers = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the admitted samples.")] = None,
+    extend: Extend = False,
     config: ConfigFile = None,
     overrides: Overrides = None,
     print_config: PrintConfig = False,
@@ -139,7 +144,7 @@ def stage2(
     with ray_session():
         from trainer.stage2 import train_stage2
 
-        typer.echo(train_stage2(lake, run, init, settings).checkpoint)
+        typer.echo(train_stage2(lake, run, init, settings, extend=extend).checkpoint)
 
 
 def _init_is_missing(lake: Lake) -> str:

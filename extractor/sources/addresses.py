@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import os
 import posixpath
@@ -16,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 from common.errors import SourceError, StorageError
 from common.logs import logger
 from common.storage import Storage, absolute_address
-from common.storage_errors import unsigned, without_secrets
+from common.storage_errors import explained, unsigned, without_secrets
 from extractor.config import IngestConfig
 from extractor.sources.record import RowFaultError
 
@@ -38,6 +39,8 @@ _WEB = re.compile(r"https?://", re.IGNORECASE)
 # What is wrong with this one path; anything else (a lost connection, a full disk) stops the run instead.
 _PATH_FAULTS = (PermissionError, IsADirectoryError, NotADirectoryError, ValueError, ImportError)
 _PATH_ERRNOS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+HASHED_BYTES = 16 << 20
+"""Local files up to this size are known by their content. Reading more would make it slow to find nothing to do."""
 # S3 answers with these to whoever asks wrongly, for whatever object.
 _CREDENTIAL_FAULTS = {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "RequestTimeTooSkewed"}
 _CREDENTIAL_FAULTS |= {"SignatureDoesNotMatch", "TokenRefreshRequired"}
@@ -184,11 +187,18 @@ def _address(storage: Storage, path: str) -> str:
 
 
 def identity_of(uri: str) -> list[object]:
-    """What tells one version of a file from another: base name, size, and time or tag of the last change."""
+    """What tells one version of a file from another: base name, size, and content, or time or tag of the last change.
+
+    A copy of a small local file is the same source, whatever time a copying program gave it.
+    """
     storage = Storage(uri)
     if storage.is_local:
-        status = os.stat(storage.path())
-        return [base_name(uri), status.st_size, status.st_mtime_ns]
+        path = storage.path()
+        status = os.stat(path)
+        if status.st_size > HASHED_BYTES:
+            return [base_name(uri), status.st_size, status.st_mtime_ns]
+        with explained(f"read {path}"), open(path, "rb") as stream:
+            return [base_name(uri), status.st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
     info = storage.fs.info(storage.path())
     # Of a web server that gives no tag, fsspec makes one of the address.
     mark = info.get("ETag") or info.get("etag") or storage.fs.ukey(unsigned(storage.path()))

@@ -10,6 +10,7 @@ from common.errors import MmkdError
 from common.lake import open_lake
 from common.models.load import read_catalog
 from common.models.spec import ModelSpec
+from common.storage import address_from
 from extractor.config import StoredPrecision, ViewsConfig
 
 
@@ -27,7 +28,7 @@ def redo_commands(lake_uri: str, teachers: Iterable[str]) -> list[str]:
     imported: list[str] = []
     extracted: dict[str, list[str]] = {}
     for teacher in teachers:
-        manifest = lake.read_teacher(teacher)
+        manifest = _with_addresses(lake.read_teacher(teacher), lake_uri)
         identity, spec = manifest.get("fingerprint", {}), manifest.get("spec", {})
         if identity.get("family") == "imported":
             projected = " --projected" if "project" in identity.get("file", "") else ""
@@ -44,6 +45,16 @@ def redo_commands(lake_uri: str, teachers: Iterable[str]) -> list[str]:
             for way, names in extracted.items()
         ),
     ]
+
+
+def _with_addresses(manifest: Mapping[str, Any], lake_uri: str) -> dict[str, Any]:
+    """A manifest with the addresses that it gives relative to the lake in full."""
+    found = dict(manifest)
+    if found.get("catalog"):
+        found["catalog"] = address_from(found["catalog"], lake_uri)
+    if found.get("spec", {}).get("path"):
+        found["spec"] = {**found["spec"], "path": address_from(found["spec"]["path"], lake_uri)}
+    return found
 
 
 def _options(teacher: str, manifest: Mapping[str, Any]) -> list[str]:

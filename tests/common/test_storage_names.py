@@ -1,7 +1,7 @@
 import pyarrow as pa
 import pytest
 
-from common.storage import Storage
+from common.storage import Storage, address_from, address_within
 
 NAMES = [
     "with space",
@@ -83,3 +83,28 @@ def test_a_name_is_no_pattern(storage, name, alike):
 def test_a_file_named_as_its_folder_is_listed(storage):
     storage.write_bytes("x/x", b"1")
     assert storage.list_files("x") == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("home", "inside", "outside"),
+    [
+        ("{tmp}/lake", "{tmp}/lake/runs/one", "{tmp}/lake-2/runs/one"),
+        ("{tmp}/lake/", "{tmp}/lake/teachers.yaml", "{tmp}/teachers.yaml"),
+        ("s3://bucket/lake", "s3://bucket/lake/models/a", "s3://bucket/lakes/models/a"),
+    ],
+)
+def test_what_lies_inside_is_written_down_relative_and_found_again(home, inside, outside, tmp_path):
+    home, inside, outside = (text.format(tmp=tmp_path) for text in (home, inside, outside))
+    written = address_within(inside, home)
+    assert home.rstrip("/") not in written
+    assert address_from(written, home) == inside
+    assert address_within(outside, home) == outside
+    assert address_from(outside, home) == outside
+    assert address_from(written, "s3://other/place") == f"s3://other/place/{written}"
+
+
+def test_a_relative_address_is_inside_if_it_leads_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert address_within("lake/student", "lake") == address_within("lake/student", str(tmp_path / "lake")) == "student"
+    assert address_within("elsewhere/student", "lake") == "elsewhere/student"
+    assert address_from("student", "lake") == str(tmp_path / "lake/student")

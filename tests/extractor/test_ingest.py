@@ -3,6 +3,9 @@
 import hashlib
 import io
 import json
+import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +18,8 @@ from common.schemas import PAIRS, REJECTS, check_table
 from extractor.commit import commit, plan_shards
 from extractor.config import IngestConfig
 from extractor.ingest import describe, ingest
-from extractor.sources import plan_sources
+from extractor.sources import addresses, plan_sources
+from extractor.sources.addresses import identity_of
 from extractor.staging import StagedPart, rejects_name, split_of, stage_part, staged_name
 from extractor.tasks import Workers
 
@@ -196,6 +200,31 @@ def test_the_same_ingest_has_the_same_identity_and_a_changed_one_another(source)
     assert identity(val_fraction=0.3) != first
     source.write_text(source.read_text() + "\n")
     assert identity() != first
+
+
+def test_a_small_copied_source_is_the_same_and_a_large_one_goes_by_its_time(source, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    copy = Path(shutil.copy(source, tmp_path / "elsewhere"))
+    os.utime(copy, ns=(0, 0))
+    assert identity_of(str(copy)) == identity_of(str(source))
+    text = source.read_text()
+    copy.write_text(text.replace("zero", "nero"))
+    assert copy.stat().st_size == source.stat().st_size
+    assert identity_of(str(copy)) != identity_of(str(source))
+    copy.write_text(text)
+    os.utime(copy, ns=(0, 0))
+    monkeypatch.setattr(addresses, "HASHED_BYTES", len(text) - 1)
+    assert identity_of(str(copy)) != identity_of(str(source))
+
+
+def test_a_source_is_read_again_when_asked_for(source, tmp_path):
+    lake = str(tmp_path / "lake")
+    first = ingest(str(source), lake, IngestConfig())
+    (source.parent / "absent.png").write_bytes(png(9))
+    assert ingest(str(source), lake, IngestConfig()).already_done
+    again = ingest(str(source), lake, IngestConfig(reread=1))
+    assert (again.already_done, again.input) == (False, first.input)
+    assert again.duplicates >= first.pairs
 
 
 def test_from_object_storage_to_object_storage(source, s3):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -79,6 +80,27 @@ def test_the_demo_again_does_nothing_twice(home, environment):
     settings = [part for key, value in SMALL_DEMO.items() for part in ("--set", f"{key}={value}")]
     said = run(["mmkd", "demo", "--lake", "demo-lake", *settings], home, environment)
     assert "nothing to do" in said
+
+
+def test_a_copied_demo_does_nothing_twice_either(home, environment):
+    """Under another name, and with the files' times those of the copying, as after ``cp -r``."""
+    lake, copy = home / "demo-lake", home / "renamed" / "copy"
+    shutil.copytree(lake, copy, copy_function=shutil.copy)
+    settings = [part for key, value in SMALL_DEMO.items() for part in ("--set", f"{key}={value}")]
+    said = run(["mmkd", "demo", "--lake", "renamed/copy", *settings], home, environment)
+    assert re.search(r"ingest: nothing to do", said)
+    assert re.search(r"stage 1: run stage1 is finished; nothing to do", said)
+    assert re.search(r"stage 2: run stage2 is finished; nothing to do", said)
+    for kind in ("pairs", "features", "selection", "runs"):
+        # What was computed is there once, and nothing more was.
+        made = [
+            path.relative_to(lake) for path in lake.glob(f"{kind}/**/*") if path.suffix in (".parquet", ".safetensors")
+        ]
+        assert made == [path for path in made if (copy / path).is_file()]
+        assert len(made) == sum(path.suffix in (".parquet", ".safetensors") for path in copy.glob(f"{kind}/**/*"))
+    # But for the accounts of extractions, which say what happened where.
+    for path in set(copy.glob("**/*.json")) - set(copy.glob("runs/*/report.json")):
+        assert str(lake) not in path.read_text(), f"{path} names the lake's first place"
 
 
 def test_local_commands_then_the_python_blocks(home, environment):

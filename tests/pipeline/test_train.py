@@ -143,6 +143,32 @@ def test_two_workers_train_as_one(place, one_worker):
     same_course(rows_of(place, "one"), rows_of(place, "two"))
 
 
+def test_micro_batches_of_two_workers_take_the_same_first_steps(place, one_worker):
+    """Later, rounding may grow; here it has not had the time, so a mask or a mean that differs would show."""
+    from trainer.stage1 import train_stage1
+
+    train_stage1(str(place / "lake"), "parts", stage1_config(place, workers=2, accumulate=2))
+    parts, one = rows_of(place, "parts")[:3], rows_of(place, "one")[:3]
+    for name in ("total", "grad_norm"):
+        assert [row[name] for row in parts] == pytest.approx([row[name] for row in one], rel=1e-5), name
+
+
+def test_a_student_with_batch_norm_is_told_apart_when_its_batch_is_cut(place, ray_local, tmp_path, caplog):
+    from trainer.stage1 import train_stage1
+
+    config = stage1_config(place, accumulate=2)
+    folder = helpers().write_student(tmp_path / "residual")
+    architecture = json.loads((folder / "open_clip_config.json").read_text())
+    tower = {"timm_model_name": "test_resnet", "timm_pool": "avg", "timm_proj": "linear", "image_size": 32}
+    architecture["model_cfg"]["vision_cfg"] = tower
+    (folder / "open_clip_config.json").write_text(json.dumps(architecture))
+    model = config.model.model_copy(update={"architecture": str(folder)})
+    with caplog.at_level("WARNING", "mmkd"):
+        train_stage1(str(place / "lake"), "residual", config.model_copy(update={"model": model, "epochs": 1}))
+    (said,) = [record.getMessage() for record in caplog.records if "BatchNorm" in record.getMessage()]
+    assert re.search(r"stage 1: the student has \d+ BatchNorm layers, and each of 2 micro-batches", said)
+
+
 @pytest.fixture(scope="module")
 def distilled(place, one_worker):
     """A finished stage-2 run on one worker."""

@@ -8,7 +8,7 @@ from upstream import vocabulary_size, write_bert_vocabulary, write_json
 from common.errors import TrainError
 from trainer.architecture import load_tokenizer, resolve_architecture
 from trainer.config import ModelConfig
-from trainer.starting_weights import load_image_tower, load_pretrained, load_start, load_text_tower
+from trainer.starting_weights import identify, load_image_tower, load_pretrained, load_start, load_text_tower
 from trainer.student import Student
 
 BIOMED_BERT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
@@ -163,3 +163,24 @@ def test_both_towers_together_and_what_is_left_random(small_paper_student, tmp_p
     assert torch.equal(after[name], before[name] + 2)
     assert torch.equal(after["text.proj.0.weight"], before["text.proj.0.weight"])
     assert towers.image.endswith("v.safetensors")
+
+
+def test_first_weights_are_known_by_their_content_wherever_they_lie(tmp_path):
+    for place, value in (("here", 1.0), ("there", 1.0), ("other", 2.0)):
+        (tmp_path / place).mkdir()
+        save_file({"weight": torch.full((2,), value)}, str(tmp_path / place / "model.safetensors"))
+
+    def known(place, name="weights"):
+        return identify(ModelConfig(**{name: str(tmp_path / place / "model.safetensors")}))
+
+    assert known("here") == known("there") != known("other")
+    assert str(tmp_path) not in str(known("here"))
+    assert set(known("here", "text_weights")) == {"text_weights"}
+    folder = identify(ModelConfig(text_weights=str(tmp_path / "there")))
+    assert folder == known("here", "text_weights")
+    assert identify(ModelConfig()) == {}
+
+
+def test_published_weights_are_known_by_their_names():
+    found = identify(ModelConfig(architecture="ViT-B-16", weights="openai", vision_weights="ViT-B-32/openai"))
+    assert found == {"weights": "ViT-B-16/openai", "vision_weights": "ViT-B-32/openai"}

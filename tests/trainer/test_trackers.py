@@ -34,7 +34,7 @@ def curves(data: bytes) -> dict[str, list[tuple[int, float, float]]]:
 
 def test_tensorboard_gets_every_number_of_every_row_once(tmp_path):
     run = Storage(str(tmp_path / "runs" / "one"))
-    tracker = open_tracker("tensorboard", run, "stage 1", {})
+    tracker = open_tracker("tensorboard", run, "key", "stage 1", {})
     tracker.log(ROWS[:2])
     first = run.read_bytes(EVENTS)
     tracker.log(ROWS)
@@ -53,7 +53,7 @@ def test_tensorboard_gets_every_number_of_every_row_once(tmp_path):
 def test_a_row_that_was_given_is_not_worked_on_again(tmp_path):
     """Hours into a run the rows of a minute must not cost as much as all before them."""
     run = Storage(str(tmp_path / "runs" / "one"))
-    tracker = open_tracker("tensorboard", run, "stage 1", {})
+    tracker = open_tracker("tensorboard", run, "key", "stage 1", {})
     tracker.log(ROWS[:2])
     first = run.read_bytes(EVENTS)
     tracker.log([{"step": 1}, {"step": 2}, *ROWS[2:]])
@@ -84,21 +84,21 @@ def test_other_tools_get_each_row_once_and_find_their_run_again(tmp_path, monkey
         return Session()
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    run = Storage(str(tmp_path / "runs" / "one"))
-    for _ in range(2):  # the second time after a kill, from a checkpoint at step 2
-        tracker = open_tracker("wandb", run, "stage 1", {"a": 1})
+    for place in ("here", "moved"):  # the second time after a kill, from a checkpoint at step 2, in a moved lake
+        tracker = open_tracker("wandb", Storage(str(tmp_path / place / "runs/one")), "key", "stage 1", {"a": 1})
         tracker.log(ROWS[:2])
         tracker.log(ROWS)
         tracker.close()
     opened = [call[1] for call in calls if call[0] == "init"]
     assert opened[0] == opened[1]
+    assert opened[0]["id"] == "key"
     assert (opened[0]["name"], opened[0]["resume"], opened[0]["config"]) == ("one", "allow", {"a": 1})
     steps = [call[1] for call in calls if call[0] == "log"]
     assert steps == [1, 2, 3, 4] * 2
     assert [call for call in calls if call[0] == "log"][0][2] == {"total": 1.0, "lr": 0.1, "skipped": 0.0}
 
 
-def test_mlflow_goes_on_with_the_run_of_this_address(tmp_path, monkeypatch):
+def test_mlflow_goes_on_with_the_run_of_this_key(tmp_path, monkeypatch):
     kept: dict[str, dict] = {}
     current: list[str] = []
 
@@ -122,8 +122,8 @@ def test_mlflow_goes_on_with_the_run_of_this_address(tmp_path, monkeypatch):
         end_run=lambda: current.append("none"),
     )
     monkeypatch.setitem(sys.modules, "mlflow", fake)
-    for name, rows in (("one", ROWS[:2]), ("two", ROWS[:1]), ("one", ROWS)):
-        tracker = open_tracker("mlflow", Storage(str(tmp_path / "runs" / name)), "stage 2", {"b": 2})
+    for key, name, rows in (("a", "one", ROWS[:2]), ("b", "two", ROWS[:1]), ("a", "renamed", ROWS)):
+        tracker = open_tracker("mlflow", Storage(str(tmp_path / "runs" / name)), key, "stage 2", {"b": 2})
         tracker.log(rows)
         tracker.close()
     assert [(facts["name"], facts["steps"]) for facts in kept.values()] == [("one", [1, 2, 1, 2, 3, 4]), ("two", [1])]

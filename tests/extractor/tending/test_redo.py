@@ -1,4 +1,7 @@
+import json
 import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -8,6 +11,7 @@ from cluster.cli import app
 from common.lake import Lake
 from extractor.config import ExtractConfig
 from extractor.importing import Imported
+from extractor.partitions import describe_inputs, find_teachers, identity_of, record_teacher
 from extractor.tending.redo import redo_commands
 
 BOTH = {"image_dim": 16, "text_dim": 16}
@@ -96,3 +100,21 @@ def test_what_was_imported_is_imported_again(lake, record):
     assert redo_commands(lake.uri, [coarser]) == [
         f"mmkd import mmkd-features DIR '{lake.uri}' --stored-precision bfloat16"
     ]
+
+
+def test_after_a_move_it_names_what_lies_in_the_lake_where_it_lies_now(lake, make_clip_folder, tmp_path):
+    model = shutil.copytree(make_clip_folder("own"), Path(lake.uri, "teachers/own"))
+    outside = make_clip_folder("other", seed=1)
+    catalog = Path(lake.uri, "teachers.yaml")
+    catalog.write_text(yaml.safe_dump({"own": {"path": "teachers/own"}, "other": {"path": str(outside)}}))
+    config = ExtractConfig(teachers=("own", "other"), catalog=str(catalog))
+    inputs = describe_inputs(find_teachers(config), config)
+    for teacher in inputs.values():
+        record_teacher(lake, teacher, identity_of(teacher, config), 1.0, None, config.catalog)
+    moved = Lake(shutil.move(lake.uri, tmp_path / "moved").as_posix())
+    assert lake.uri not in json.dumps([moved.read_teacher(name) for name in inputs])
+    (Path(moved.uri, "teachers.yaml")).unlink()  # so that the manifests alone say where things are
+    (command,) = redo_commands(moved.uri, inputs)
+    places = f"own={moved.uri}/teachers/own,other={outside}"
+    assert command == f"mmkd extract {moved.uri} --teachers {places} --catalog {moved.uri}/teachers.yaml"
+    assert not model.exists()
