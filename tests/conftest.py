@@ -15,6 +15,18 @@ os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 
+@pytest.fixture(autouse=True)
+def no_log_is_left():
+    """A command that ran in this process has sent the log to a stream that is closed by now."""
+    from common.logs import logger
+
+    before = list(logger.handlers)
+    yield
+    for handler in set(logger.handlers) - set(before):
+        logger.removeHandler(handler)
+    logger.propagate = True
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of real test data, which is not part of the repository."""

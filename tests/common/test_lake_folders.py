@@ -39,7 +39,9 @@ def lake(request, make_lake, tmp_path) -> Lake:
     select(lake.uri, SelectConfig(min_skill=0))
     reject = {"source": "s", "source_key": "k", "stage": "ingest", "reason": "truncated"}
     lake.storage.write_table(f"{INGEST_REJECTS}/some-000000.parquet", pa.Table.from_pylist([reject], schema=REJECTS))
-    score = dict.fromkeys(("model", "model_kind", "task", "dataset", "modality", "metric", "created_at"), "x")
+    score = dict.fromkeys(
+        ("model", "model_kind", "task", "dataset", "modality", "metric", "created_at", "split", "evaluation"), "x"
+    )
     table = pa.Table.from_pylist([{**score, "value": 1.0, "n": 1}], schema=SCORES)
     lake.storage.write_table("scores/0123.parquet", table)
     return lake

@@ -234,7 +234,8 @@ def test_a_picture_whose_caption_the_lake_lacks_keeps_its_own_vector_alone(publi
     published.add("told", speaking("PLIP", seed=1))
     published.add("untold", speaking("PLIP", seed=2))
     lake = without_captions(lake_of(tmp_path, published.table), lambda row: row == 1)
-    import_shard(lake, 0, published.table, [Imported("PLIP", 8)])
+    teacher = Imported("PLIP", 8)
+    import_shard(lake, 0, published.table, [teacher], manifests_of([teacher]))
     table = lake.read_features("plip.imported", 0)
     assert table["image_embedding"].is_valid().to_pylist() == [True, True, False]
     assert table["text_embedding"].is_valid().to_pylist() == [True, False, False]
