@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from common.schemas import PAIRS, REJECTS, SCHEMA_VERSION, SCORES, SELECTION, features_schema
+from common.schemas import PAIRS, REJECTS, SCHEMA_VERSION, SCORES, SELECTION, TEACHERS, features_schema
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "tables.md"
 INTRO = """\
@@ -141,6 +141,27 @@ TABLES = (
             "where a query has several right answers); null where that is no one number.",
             "weights_sha256": "Of the model's weights: equal for the same model under another name.",
             "created_at": "When it was measured, in UTC.",
+        },
+    ),
+    TableDoc(
+        "Teachers",
+        "teachers.parquet",
+        "One row per teacher that has embeddings in the lake. Null is what is not known.",
+        TEACHERS,
+        {
+            "name": "That of its folder, `features/teacher=<name>/`.",
+            "image_dim": "Width of its vectors of pictures; null where it has no image tower.",
+            "text_dim": "Width of its vectors of captions; null where it has no text tower.",
+            "image_size": "Side of the square of pixels that it sees.",
+            "context_length": "How many tokens it reads.",
+            "license": "Licence of its weights.",
+            "derivatives": "Whether a model may be trained on its embeddings: allowed, conditional, forbidden, unknown.",
+            "derivative_terms": "On what conditions.",
+            "weights_sha256": "Of its weights.",
+            "stored_precision": "What its vectors were rounded to before they were stored as float32.",
+            "views": "Augmented crops per picture.",
+            "mmkd_version": "Of the program that began the folder.",
+            "created_at": "When that was, in UTC.",
         },
     ),
 )

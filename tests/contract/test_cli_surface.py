@@ -101,7 +101,7 @@ def mistakes(tmp_path) -> Path:
 
 MISTAKES = [
     (["extract", "{tmp}/none", "--teachers", "plip"], "There is no lake at"),
-    (["extract", "{tmp}/old-lake", "--teachers", "plip"], "written with schema 99; this program reads schema 2"),
+    (["extract", "{tmp}/old-lake", "--teachers", "plip"], "written with schema 99; this program reads schema 3"),
     (["select", "{tmp}/old-lake"], "written with schema 99"),
     (["ingest", "{tmp}/none.jsonl", "{tmp}/lake"], "none.jsonl"),
     (["ingest", "{tmp}/captions.csv", "{tmp}/lake"], "no caption column .* Its columns are: image, words"),

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
+from changed_pairs import without_captions
 from PIL import Image
 from torch.nn.functional import normalize
 
@@ -119,6 +120,14 @@ def test_the_folder_holds_a_card_with_data_teachers_recipe_and_scores(checkpoint
     assert str(folder) in card
     manifest = json.loads((exported / "mmkd_export.json").read_text())
     assert sorted(manifest["files"]) == sorted(path.name for path in exported.iterdir())
+
+
+def test_the_card_counts_pairs_and_not_pictures_without_captions(checkpoint, small_lake, tmp_path):
+    without_captions(small_lake, lambda number: number < 12)
+    folder = checkpoint(tmp_path / "run", seed=3)
+    card = (Path(export_checkpoint(str(folder), str(tmp_path / "student"), lake=small_lake)) / "README.md").read_text()
+    assert "60 image-caption pairs" in card
+    assert "specimen 10" in card
 
 
 def test_scores_of_other_weights_stay_out_of_the_card(checkpoint, small_lake, tmp_path):
