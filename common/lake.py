@@ -137,10 +137,7 @@ class Lake:
         """
         name = f"pairs/{shard_name(index)}"
         table = self.storage.read_table(name, columns)
-        # Columns that an ingest kept are the user's: they come last, and only this lake knows them.
-        wanted = [column for column in (columns or PAIRS.names) if column in PAIRS.names]
-        known = table.select([column for column in table.column_names if column in PAIRS.names])
-        check_table(known, pa.schema([PAIRS.field(column) for column in wanted]), f"{self.uri}/{name}")
+        check_pairs_table(table, f"{self.uri}/{name}", columns)
         return table
 
     def features_folder(self, teacher: str) -> str:
@@ -205,6 +202,19 @@ class Lake:
     def feature_places(self, teacher: str) -> dict[int, Place]:
         """Shard -> the file that holds a teacher's embeddings of it, ascending; one listing."""
         return locate(list_marks(self.storage, self.features_folder(teacher)))
+
+
+def check_pairs_table(table: pa.Table, where: str, columns: list[str] | None = None) -> None:
+    """Insist that a table of pairs has the columns that were asked for, by default those of every lake.
+
+    Columns that an ingest kept are the user's: they come last, and only that lake knows them.
+
+    Raises:
+        SchemaError: It has not.
+    """
+    wanted = [column for column in (columns or PAIRS.names) if column in PAIRS.names]
+    known = table.select([column for column in table.column_names if column in PAIRS.names])
+    check_table(known, pa.schema([PAIRS.field(column) for column in wanted]), where)
 
 
 def open_lake(uri: str, need_pairs: bool = True) -> Lake:

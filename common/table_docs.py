@@ -155,7 +155,7 @@ TABLES = (
             "image_size": "Side of the square of pixels that it sees.",
             "context_length": "How many tokens it reads.",
             "license": "Licence of its weights.",
-            "derivatives": "Whether a model may be trained on its embeddings: allowed, conditional, forbidden, unknown.",
+            "derivatives": "Whether models may be trained on its embeddings: allowed, conditional, forbidden, unknown.",
             "derivative_terms": "On what conditions.",
             "weights_sha256": "Of its weights.",
             "stored_precision": "What its vectors were rounded to before they were stored as float32.",

@@ -19,6 +19,7 @@ from common.lake import OWNER, READ_THREADS, Lake, shard_name
 from common.lease import Lease
 from common.logs import Progress, logger
 from common.schemas import REJECTS
+from common.shard_files import CONTENT
 from extractor.config import IngestConfig
 from extractor.duplicates import (
     COMPARED,
@@ -34,6 +35,7 @@ from extractor.duplicates import (
 )
 from extractor.staging import INDEX, ROW, StagedPart, reject_row, rejects_name, sample_id, staged_name
 from extractor.tasks import Workers
+from extractor.tending.integrity import content_hash
 
 DESCRIBED = ["sample_id", "captions", "source", "source_key", "sha256", *COMPARED]
 """What is read of rows that are of the same pair."""
@@ -329,7 +331,9 @@ def write_shard(
         place = schema.get_field_index(name)
         shard = shard.set_column(place, schema.field(place), pa.array(values, schema.field(place).type))
     insist_on_lease(lake, lease)
-    lake.storage.write_table(f"pairs/{shard_name(item['shard'])}", shard, {OWNER: ingest_id})
+    lake.storage.write_table(
+        f"pairs/{shard_name(item['shard'])}", shard, {OWNER: ingest_id, CONTENT: content_hash(shard)}
+    )
     return _counts_of(shard)
 
 

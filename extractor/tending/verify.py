@@ -14,17 +14,25 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.errors import LakeError, SchemaError, StorageError
-from common.lake import EXTRACT_REJECTS, Lake, now, open_lake, require_teachers, shard_name, teacher_manifest
+from common.lake import (
+    EXTRACT_REJECTS,
+    Lake,
+    check_pairs_table,
+    now,
+    open_lake,
+    require_teachers,
+    shard_name,
+    teacher_manifest,
+)
 from common.lease import hold_all
 from common.listing import FileMark, Place
 from common.local_disk import LOCK, TEMPORARY
 from common.logs import Progress, logger
 from common.parquet_reading import table_of
-from common.schemas import PAIRS, check_table
-from common.shard_files import UNREADABLE, is_pack, locate, shards_in
+from common.shard_files import CONTENT, UNREADABLE, is_pack, locate, shards_in
 from common.teachers_table import TEACHERS_TABLE, refresh_teachers
 from extractor.sink import rejects_folder
-from extractor.tending.integrity import Fault
+from extractor.tending.integrity import Fault, content_hash
 from extractor.tending.ledger import Pairs, in_threads, write_valid
 from extractor.tending.packing import Partition, dissolve, overlapping, settle
 
@@ -218,7 +226,7 @@ def check_ingests(lake: Lake) -> list[Finding]:
 
 
 def check_pairs(lake: Lake, pairs: Pairs) -> list[Finding]:
-    """Read every pairs file in full: its columns, and that no sample is there twice in the lake."""
+    """Read every pairs file in full: its columns, what ingest hashed of it, and that no sample is in the lake twice."""
     findings = []
     ids: dict[int, np.ndarray] = {}
     progress = Progress("verify: pairs", len(pairs.facts), "shards")
@@ -228,7 +236,10 @@ def check_pairs(lake: Lake, pairs: Pairs) -> list[Finding]:
         try:
             # Bytes first: what the storage fails to give is its error, and nothing against the file.
             table = table_of(lake.storage.read_bytes(name))
-            check_table(table, PAIRS, f"{lake.uri}/{name}")
+            check_pairs_table(table, f"{lake.uri}/{name}")
+            written = (table.schema.metadata or {}).get(CONTENT.encode())  # not by hand: those have no hash
+            if written is not None and written.decode() != content_hash(table):
+                return index, np.array([]), _unreadable("pictures or rows are not those that ingest wrote")
             return index, np.array([sample_id.encode() for sample_id in table["sample_id"].to_pylist()]), ""
         except (SchemaError, *UNREADABLE) as error:
             return index, np.array([]), _unreadable(error)
