@@ -97,6 +97,8 @@ class Engine:
             dispatcher.close()
             report.seconds = time.monotonic() - started
             self._remember(written)
+            if dispatcher.order.manifests:
+                self._refresh_teachers()
             account.save(status, message)
             self._say(report)
 
@@ -223,12 +225,13 @@ class Engine:
                 record_valid(self.lake, name, self.identities[name], files, self.pairs)
             except (MmkdError, OSError) as error:
                 logger.warning("extract: the next run will check the files of %s again: %s", name, error)
+
+    def _refresh_teachers(self) -> None:
+        """Once more: another run may have written the table meanwhile without this one's teachers."""
         try:
-            # Once more: another run may have written it meanwhile without this one's teachers.
-            if written:
-                refresh_teachers(self.lake)
+            refresh_teachers(self.lake)
         except (MmkdError, OSError) as error:
-            logger.warning("extract: teachers.parquet was not written: %s", error)
+            logger.warning("extract: teachers.parquet was not written; `mmkd verify` writes it: %s", error)
 
     def _account(
         self,

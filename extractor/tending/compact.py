@@ -1,6 +1,6 @@
 """Compaction: runs of small files of embeddings become packs that readers open fast. An operation for a quiet lake.
 
-Between a pack's appearance and the removal of the files it replaces, whoever reads with a glob sees their rows twice;
+Between a pack's appearance and the removal of the files it replaces, whoever opens the folder sees their rows twice;
 this project's own readers do not. Each teacher's lease is held meanwhile, so that no extraction runs on it.
 """
 

@@ -111,6 +111,7 @@ class TestExtract:
             extract(lake.uri, ExtractConfig(teachers=(*named(teachers, "b"), f"broken={broken}")))
         assert lake.shards("features/teacher=b") == [0]
         assert lake.shards("features/teacher=broken") == []
+        assert lake.storage.read_table("teachers.parquet")["name"].to_pylist() == ["b"]
 
     def test_a_lake_of_broken_pictures_stops_early_and_says_why(self, make_lake, teachers, tmp_path):
         lake = make_lake(tmp_path / "lake", rows=200, shard_rows=5, damaged=tuple(range(200)))

@@ -170,6 +170,7 @@ def test_readers_stay_under_ten_lines():
     readers = [block for block in blocks_of("python") if "features/teacher=" in block]
     assert len(readers) == 4
     assert all(len(block.strip().splitlines()) < 10 for block in readers)
+    assert not any("*" in block for block in readers), "folders open as they are"
 
 
 def test_object_storage_commands(home, environment, s3_server):
