@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from common.errors import LeaseError, SourceError
 from common.kept_columns import kept_schema
-from common.lake import OWNER, READ_THREADS, Lake, shard_name
+from common.lake import INGEST_REJECTS, OWNER, READ_THREADS, Lake, shard_name
 from common.lease import Lease
 from common.logs import Progress, logger
 from common.schemas import REJECTS
@@ -400,13 +400,13 @@ def _count(done: Committed, counts: dict[str, dict[str, int]]) -> None:
 
 
 def _write_rejects(lake: Lake, ingest_id: str, staged: Iterable[StagedPart], more: list[dict[str, Any]]) -> None:
-    """Gather the parts' rejects, in source order, and further ones into few files below ``rejects/stage=ingest/``."""
+    """Gather the parts' rejects, in source order, and further ones into few files below ``rejects/ingest/``."""
     names = [rejects_name(ingest_id, index) for index, part in enumerate(staged) if part.rejected]
     tables = itertools.chain(
         map(lake.storage.read_table, names), [pa.Table.from_pylist(more, schema=REJECTS)] if more else []
     )
     for number, table in enumerate(_merged(tables)):
-        lake.storage.write_table(f"rejects/stage=ingest/{ingest_id}-{number:06d}.parquet", table.cast(REJECTS))
+        lake.storage.write_table(f"{INGEST_REJECTS}/{ingest_id}-{number:06d}.parquet", table.cast(REJECTS))
 
 
 def _merged(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

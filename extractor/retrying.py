@@ -14,11 +14,10 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 
 from common.config import fingerprint
-from common.lake import READ_THREADS, Lake
+from common.lake import INGEST_REJECTS, READ_THREADS, Lake
 from extractor.sources.addresses import short_name
 from extractor.sources.record import Part
 
-LEDGER = "rejects/stage=ingest"
 REST = ("damaged parquet", "truncated tar")
 """Rejects that stand for all rows from theirs on."""
 
@@ -47,8 +46,8 @@ def find_rejects(lake: Lake, parts: list[Part]) -> Retry:
     rows: set[Row] = set()
     wanted: dict[int, set[int]] = {}
     entire: set[int] = set()
-    for name in lake.storage.list_files(LEDGER):
-        for reject in lake.storage.read_table(f"{LEDGER}/{name}", [*ROW, "reason"]).to_pylist():
+    for name in lake.storage.list_files(INGEST_REJECTS):
+        for reject in lake.storage.read_table(f"{INGEST_REJECTS}/{name}", [*ROW, "reason"]).to_pylist():
             key, row = reject["source_key"], reject["row"]
             places = [i for i in by_source.get(reject["source"], ()) if key.startswith(f"{parts[i].name}/")]
             if row is None or not places:
@@ -69,7 +68,7 @@ def strike_out(lake: Lake, rows: frozenset[Row], ingest_id: str) -> None:
     """Take rows out of the ledger of all ingests but one; doing it twice does no harm."""
 
     def shorten(name: str) -> None:
-        path = f"{LEDGER}/{name}"
+        path = f"{INGEST_REJECTS}/{name}"
         table = lake.storage.read_table(path)
         there = zip(*(table[column].to_pylist() for column in ROW), strict=True)
         left = table.filter(pa.array([row not in rows for row in there], pa.bool_()))
@@ -78,6 +77,6 @@ def strike_out(lake: Lake, rows: frozenset[Row], ingest_id: str) -> None:
         elif left.num_rows < table.num_rows:
             lake.storage.write_table(path, left)
 
-    others = [name for name in lake.storage.list_files(LEDGER) if not name.startswith(f"{ingest_id}-")]
+    others = [name for name in lake.storage.list_files(INGEST_REJECTS) if not name.startswith(f"{ingest_id}-")]
     with ThreadPoolExecutor(READ_THREADS) as pool:
         list(pool.map(shorten, others))

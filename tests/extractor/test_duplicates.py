@@ -50,8 +50,8 @@ def pairs_of(folder, lake="lake"):
 
 def rejects_of(folder, lake="lake"):
     storage = open_lake(str(folder / lake)).storage
-    names = storage.list_files("rejects/stage=ingest")
-    tables = [storage.read_table(f"rejects/stage=ingest/{name}") for name in names]
+    names = storage.list_files("rejects/ingest")
+    tables = [storage.read_table(f"rejects/ingest/{name}") for name in names]
     return pa.concat_tables(tables).to_pylist() if tables else REJECTS.empty_table().to_pylist()
 
 

@@ -101,8 +101,8 @@ def test_commit_drops_duplicates_also_of_earlier_ingests_and_starts_a_new_shard(
     assert (done.pairs, done.duplicates, done.first_shard, done.shards) == (4, 1, 0, 2)
     captions = [lake.read_pairs(index)["captions"].to_pylist() for index in lake.files("pairs")]
     assert captions == [[["zero"], ["one"], ["other words"]], [["two"]]]
-    (rejects,) = lake.storage.list_files("rejects/stage=ingest")
-    assert lake.storage.read_table(f"rejects/stage=ingest/{rejects}").num_rows == 2
+    (rejects,) = lake.storage.list_files("rejects/ingest")
+    assert lake.storage.read_table(f"rejects/ingest/{rejects}").num_rows == 2
     lake.storage.write_json("ingests/id.json", {"ingest_id": "id", "first_shard": 0, "shards": 2, "pairs": 4})
 
     again = commit(lake, "other", staged_as(lake, "other", staged), IngestConfig(shard_rows=3), {}, HereOnly())

@@ -150,8 +150,8 @@ def test_a_table_of_urls_is_ingested_whatever_became_of_some(server, tmp_path):
     lake = open_lake(str(tmp_path / "lake"))
     host = server.url.removeprefix("http://")
     assert lake.read_pairs(0)["source_key"].to_pylist() == [f"urls.jsonl/{host}/a.png", f"urls.jsonl/{host}/b.png"]
-    (name,) = lake.storage.list_files("rejects/stage=ingest")
-    rejects = lake.storage.read_table(f"rejects/stage=ingest/{name}").to_pylist()
+    (name,) = lake.storage.list_files("rejects/ingest")
+    rejects = lake.storage.read_table(f"rejects/ingest/{name}").to_pylist()
     assert rejects[0]["detail"] == f"row 2: {server.url}/status/403: HTTP 403"
 
 

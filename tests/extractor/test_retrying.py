@@ -6,10 +6,10 @@ import tarfile
 
 import pytest
 
-from common.lake import open_lake
+from common.lake import INGEST_REJECTS, open_lake
 from extractor.config import IngestConfig
 from extractor.ingest import ingest
-from extractor.retrying import LEDGER, find_rejects, strike_out
+from extractor.retrying import find_rejects, strike_out
 from extractor.sources import plan_sources
 from tests.conftest import draw_jpeg
 
@@ -35,7 +35,11 @@ def run(folder, name="p.jsonl", **settings):
 
 def ledger(folder):
     storage = open_lake(str(folder / "lake")).storage
-    rows = [row for name in storage.list_files(LEDGER) for row in storage.read_table(f"{LEDGER}/{name}").to_pylist()]
+    rows = [
+        row
+        for name in storage.list_files(INGEST_REJECTS)
+        for row in storage.read_table(f"{INGEST_REJECTS}/{name}").to_pylist()
+    ]
     return sorted((row["row"], row["reason"]) for row in rows)
 
 
@@ -120,11 +124,11 @@ def test_striking_out_spares_the_ledger_of_the_retry_and_other_sources(folder):
     run(folder)
     lake = open_lake(str(folder / "lake"))
     before = ledger(folder)
-    (name,) = lake.storage.list_files(LEDGER)
+    (name,) = lake.storage.list_files(INGEST_REJECTS)
     rows = find_rejects(lake, plan_sources([str(folder / "p.jsonl")], IngestConfig())).rows
     strike_out(lake, rows, name.partition("-")[0])
     assert ledger(folder) == before
     strike_out(lake, frozenset((source, f"other/{key}", row) for source, key, row in rows), "x")
     assert ledger(folder) == before
     strike_out(lake, rows, "x")
-    assert lake.storage.list_files(LEDGER) == []
+    assert lake.storage.list_files(INGEST_REJECTS) == []
