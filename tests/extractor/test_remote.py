@@ -137,7 +137,7 @@ def test_a_host_that_refuses_gets_one_try_a_row(server):
 def test_a_table_of_urls_is_ingested_whatever_became_of_some(server, tmp_path):
     urls = [f"{server.url}/{path}" for path in ("a.png", "status/403", "loop/x.png", "short/x.png", "endless/x.png")]
     urls += [f"{closed_url()}/x.png", f"{server.url}/b.png", f"{server.url}/absent.png"]
-    report = ingest(table(tmp_path, *urls), str(tmp_path / "lake"), quick())
+    report = ingest(table(tmp_path, *urls), str(tmp_path / "lake"), quick(seconds=20))
     assert (report.input, report.pairs, report.rejects) == (8, 2, 6)
     assert report.reasons == {
         "not reachable: HTTP 403": 1,
@@ -186,7 +186,7 @@ def test_too_large_a_share_of_failures_stops_and_the_same_command_goes_on(server
     bad = [f"{server.url}/status/403?row={row}" for row in range(30)]
     source = table(tmp_path, *([f"{server.url}/a.png"] * 30), *bad)
     lake = str(tmp_path / "lake")
-    strict = quick(max_unreachable=0.4)
+    strict = quick(max_unreachable=0.4, seconds=20)
     monkeypatch.setattr(processes, "FEW_CORES", 1 << 20)  # so that threads do it, and no Ray
     with pytest.raises(SourceError, match=r"Of 60 rows .* 30 name pictures .*HTTP 403 30.* 40%"):
         ingest(source, lake, strict)
@@ -195,7 +195,7 @@ def test_too_large_a_share_of_failures_stops_and_the_same_command_goes_on(server
         ingest(source, lake, strict)
     assert server.asked["/a.png"] == asked, "the part that was well is not read again"
     assert server.asked["/status/403?row=0"] == 2, "the other is"
-    assert ingest(source, lake, quick(max_unreachable=1)).rejects == 30
+    assert ingest(source, lake, quick(max_unreachable=1, seconds=20)).rejects == 30
     assert server.asked["/status/403?row=0"] == 2
 
 

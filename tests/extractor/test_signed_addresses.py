@@ -74,7 +74,7 @@ def test_no_file_and_no_log_of_an_ingest_holds_what_signs(server, tmp_path, log,
     failing = ("status/403", "absent dir/with blank's.png", "to/status/403", "loop", "short", "endless/")
     server.files["pairs.jsonl"] = signed_table(server, "canary", failing)
     source = f"{server.url}/pairs.jsonl?{query(form)}"
-    config = IngestConfig(fetch={"seconds": 1, "retries": 0}, limits={"max_file_mib": 1})
+    config = IngestConfig(fetch={"seconds": 20, "retries": 0}, limits={"max_file_mib": 1})
     report = ingest(source, str(tmp_path / "lake"), config)
     assert (report.pairs, report.rejects) == (len(FORMS), len(FORMS) * len(failing))
     found = [path for path, content in everything_below(tmp_path / "lake") if CANARY.search(content)]
