@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 
 logger = logging.getLogger("mmkd")
@@ -39,41 +40,56 @@ def size_text(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+RECENT_SECONDS = 60.0
+"""Rates are of so long: what went slowly at first says nothing of the rest."""
+
+
 class Progress:
-    """Say how far a stage is, how fast, and how long is left; at most one line per ``every`` seconds.
+    """Say how far a stage is, how fast it was lately, and how long is left; at most one line per ``every`` seconds.
 
     ``done`` units were done before: they count, but not in the rate.
     """
 
     def __init__(self, what: str, total: int, unit: str, every: float = 5.0, done: int = 0) -> None:
         self.what, self.total, self.unit, self.every = what, total, unit, every
-        self.done = self.before = done
+        self.done = done
         self.note: str | Callable[[], str] = ""
-        self.started = self.last = time.monotonic()
+        self.begin()
+
+    def begin(self) -> None:
+        """Count time from now on: what came before was preparation."""
+        self.last = time.monotonic()
+        self._marks = deque([(self.last, self.done)])
+        """When how many were done, of the last minute; the first of them is a little older."""
 
     def advance(self, count: int, note: str | Callable[[], str] = "") -> None:
         """Count ``count`` more units as done; ``note``, or what it gives, is shown at the end of the line."""
         self.done += count
         self.note = note or self.note
-        if time.monotonic() - self.last >= self.every:
+        moment = time.monotonic()
+        if moment - self._marks[-1][0] >= 1:  # a mark a second is enough
+            self._marks.append((moment, self.done))
+            while len(self._marks) > 2 and moment - self._marks[1][0] >= RECENT_SECONDS:
+                self._marks.popleft()
+        if moment - self.last >= self.every:
             self.say()
 
     def say(self) -> None:
         """Print the line now."""
         self.last = time.monotonic()
-        spent = max(self.last - self.started, 1e-9)
-        rate = (self.done - self.before) / spent
+        began, before = self._marks[0]
+        rate = (self.done - before) / max(self.last - began, 1e-9)
         note = self.note() if callable(self.note) else self.note
         left = f", about {duration((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
         logger.info(
-            "%s: %d/%d %s (%.0f %%), %.1f %s/s%s%s",
+            "%s: %d/%d %s (%.0f %%), %s%s%s",
             self.what,
             self.done,
             self.total,
             self.unit,
             100 * self.done / max(self.total, 1),
-            rate,
-            self.unit,
+            # Of large pieces, few a second say "0.0".
+            f"{rate:.1f} {self.unit}/s" if rate >= 0.1 or not rate else f"{60 * rate:.1f} {self.unit}/min",
             left,
             f"; {note}" if note else "",
         )

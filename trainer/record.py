@@ -158,7 +158,7 @@ class Recorder:
         if not self.has_begun:
             self.has_begun = True
             # The wait for the first batch would spoil the rate.
-            self.progress.started = self.progress.last = time.monotonic()
+            self.progress.begin()
         else:
             self.shown.add(report, self.data.order.batch_size)
         # Only a line that is printed waits for the device.
