@@ -11,28 +11,12 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
+if TYPE_CHECKING:
+    import pyarrow as pa  # slow to import, and settings need only the names
 
-from common.schemas import PAIRS
-
-KEPT_TYPES: dict[str, pa.DataType] = {
-    "string": pa.string(),
-    "int64": pa.int64(),
-    "float64": pa.float64(),
-    "bool": pa.bool_(),
-    "date": pa.date32(),
-    "timestamp": pa.timestamp("us"),
-}
-_FAMILIES: dict[str, Callable[[pa.DataType], bool]] = {
-    "string": lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind),
-    "int64": pa.types.is_integer,
-    "float64": lambda kind: pa.types.is_floating(kind) or pa.types.is_decimal(kind),
-    "bool": pa.types.is_boolean,
-    "date": pa.types.is_date,
-    "timestamp": pa.types.is_timestamp,
-}
+KEPT_TYPES = ("string", "int64", "float64", "bool", "date", "timestamp")
 _TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -46,11 +30,12 @@ def parse_kept(asked: Iterable[str]) -> dict[str, str | None]:
         ValueError: A type is unknown, a name is empty, said twice, or one of the lake's own columns.
     """
     found: dict[str, str | None] = {}
+    own = _own_names() if (asked := tuple(asked)) else []
     for text in asked:
         name, mark, kind = text.rpartition(":")
         if not mark or kind not in KEPT_TYPES:
             name, kind = text, ""
-        if mark and not kind and text.rpartition(":")[2].isidentifier() and text not in PAIRS.names:
+        if mark and not kind and text.rpartition(":")[2].isidentifier() and text not in own:
             raise ValueError(
                 f"column {text!r}: {text.rpartition(':')[2]!r} is no type. Expected NAME or NAME:TYPE with one of "
                 f"{', '.join(KEPT_TYPES)}; for a column whose name holds a colon say its type, too"
@@ -59,7 +44,7 @@ def parse_kept(asked: Iterable[str]) -> dict[str, str | None]:
             raise ValueError(f"{text!r}: {'named twice' if name else 'a column needs a name'}")
         if name.startswith("mmkd_"):
             raise ValueError(f"{name!r}: names that begin with mmkd_ are the program's own. Rename it in the source")
-        if name in PAIRS.names:
+        if name in own:
             raise ValueError(
                 f"{name!r} is a column that every lake has, so that it cannot be kept under this name. "
                 "Rename it in the source"
@@ -70,17 +55,42 @@ def parse_kept(asked: Iterable[str]) -> dict[str, str | None]:
 
 def kind_of_arrow(kind: pa.DataType) -> str | None:
     """The type of ours that holds an Arrow type's values; None if there is none (lists, structs, bytes)."""
+    import pyarrow as pa
+
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return next((name for name, belongs in _FAMILIES.items() if belongs(kind)), None)
+    families: dict[str, Callable[[pa.DataType], bool]] = {
+        "string": lambda kind: pa.types.is_string(kind) or pa.types.is_large_string(kind),
+        "int64": pa.types.is_integer,
+        "float64": lambda kind: pa.types.is_floating(kind) or pa.types.is_decimal(kind),
+        "bool": pa.types.is_boolean,
+        "date": pa.types.is_date,
+        "timestamp": pa.types.is_timestamp,
+    }
+    return next((name for name, belongs in families.items() if belongs(kind)), None)
 
 
 def kept_schema(kept: Mapping[str, str]) -> pa.Schema:
     """Schema of the pairs of a lake that keeps these columns (name -> key of ``KEPT_TYPES``)."""
-    schema = PAIRS
-    for name, kind in kept.items():
-        schema = schema.append(pa.field(name, KEPT_TYPES[kind]))
-    return schema
+    import pyarrow as pa
+
+    from common.schemas import PAIRS
+
+    types = {
+        "string": pa.string(),
+        "int64": pa.int64(),
+        "float64": pa.float64(),
+        "bool": pa.bool_(),
+        "date": pa.date32(),
+        "timestamp": pa.timestamp("us"),
+    }
+    return pa.schema([*PAIRS, *(pa.field(name, types[kind]) for name, kind in kept.items())])
+
+
+def _own_names() -> list[str]:
+    from common.schemas import PAIRS
+
+    return list(PAIRS.names)
 
 
 def kept_value(cell: Any, kind: str) -> Any:

@@ -16,7 +16,9 @@ from cluster.cli import app
 COMMON = {"--config", "--set", "--print-config"}
 SURFACE = {
     "demo": {"--lake", "--pairs", "--teachers", "--catalog", "--seed"} | COMMON,
-    "ingest": {"--format", "--image-column", "--caption-column", "--no-quotes", "--max-side"} | COMMON,
+    "ingest": {"--format", "--image-column", "--caption-column", "--label-column", "--id-column", "--group-column"}
+    | {"--keep-columns", "--dataset", "--no-captions", "--no-quotes", "--max-side", "--retry-rejects"}
+    | COMMON,
     "import mmkd-features": {"--accept-terms", "--projected", "--stored-precision"} | COMMON,
     "plan": {
         "--teachers",

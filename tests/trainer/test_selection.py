@@ -8,7 +8,7 @@ import pytest
 from changed_pairs import without_captions
 
 from common.errors import LakeError, MmkdError
-from common.lake import Lake, open_lake
+from common.lake import Lake, open_lake, selection_manifest
 from trainer.config import SelectConfig
 from trainer.selection.select import select
 from trainer.selection.stored import choose_selection
@@ -83,7 +83,7 @@ def test_rows_without_a_caption_are_neither_scored_nor_candidates(silent_lake, c
     assert silent == 24 + 15
     assert f"select: {silent} rows have no caption" in caplog.text
     assert f"0 of {96 - silent} rows (0%) have no teacher" in caplog.text
-    assert open_lake(silent_lake).storage.read_json(f"selection/{name}/selection.json")["without_caption"] == silent
+    assert open_lake(silent_lake).storage.read_json(selection_manifest(name))["without_caption"] == silent
 
 
 def test_a_modality_without_any_caption_is_no_teachers_fault(lake_without_red_captions, caplog):

@@ -117,7 +117,8 @@ def test_the_folder_holds_a_card_with_data_teachers_recipe_and_scores(checkpoint
     assert "| beta | MIT | not recorded: find out before you publish" in card
     assert "epochs: 3" in card
     assert "| distilled |" in card
-    assert str(folder) in card
+    assert f"from checkpoint `{folder.relative_to(small_lake.uri)}`" in card
+    assert small_lake.uri not in card, "where a lake lies says nothing about a model"
     manifest = json.loads((exported / "mmkd_export.json").read_text())
     assert sorted(manifest["files"]) == sorted(path.name for path in exported.iterdir())
 
