@@ -31,6 +31,8 @@ from extractor.duplicates import (
     judge_rows,
     reason_of,
     settle_splits,
+    split_codes,
+    split_names,
     twin_ids,
 )
 from extractor.staging import INDEX, ROW, StagedPart, reject_row, rejects_name, sample_id, staged_name
@@ -108,8 +110,8 @@ def commit(
         files.index, earlier.index, earlier.merged, files.rows, earlier.rows, config.contradictions == "keep"
     )
     _refuse_twins(files, earlier, verdicts.keep_N)
-    splits, straddling = settle_splits(files.index, verdicts.keep_N, earlier.settled())
-    changes = _changes(files, verdicts, splits)
+    split_N, straddling = settle_splits(files.index, files.split_N, verdicts.keep_N, earlier.settled())
+    changes = _changes(files, verdicts, split_N)
     plan = plan_shards(files.files, verdicts.keep_N, config.shard_rows)
     first_shard, there = _clear_place(lake, ingest_id, earlier.manifests, len(plan))
     places = np.flatnonzero(verdicts.keep_N)
@@ -133,7 +135,7 @@ def commit(
         progress.advance(1)
     rejected = [_conflict_row(conflict) for conflict in verdicts.conflicts] if done.contradictions else []
     _write_rejects(lake, ingest_id, staged, rejected)
-    lake.storage.write_table(index_name(ingest_id), _final_index(files, verdicts, splits))
+    lake.storage.write_table(index_name(ingest_id), _final_index(files, verdicts, split_N))
     return done
 
 
@@ -143,6 +145,7 @@ class StagedFiles:
     Attributes:
         files: Name and number of rows of each file.
         index: What tells the rows apart.
+        split_N: Where each would be, given or drawn; places in ``SPLITS``.
     """
 
     def __init__(self, lake: Lake, ingest_id: str, staged: list[StagedPart], kept: Mapping[str, str]) -> None:
@@ -154,7 +157,9 @@ class StagedFiles:
             for number, rows in enumerate(part.rows)
         ]
         self._first = np.cumsum([0, *(rows for _, rows in self.files)])
-        self.index = Index.of(_read_all(lake, [name for name, _ in self.files], INDEX.names))
+        tables = _read_all(lake, [name for name, _ in self.files], [*INDEX.names, "split"])
+        self.index = Index.of(table.select(INDEX.names) for table in tables)
+        self.split_N = np.concatenate([np.empty(0, np.int8), *(split_codes(table["split"]) for table in tables)])
 
     def rows(self, places: Sequence[int]) -> Iterator[dict[str, Any]]:
         """Rows without their pictures; ``places`` ascend, and ``split`` is what the source gave."""
@@ -164,16 +169,6 @@ class StagedFiles:
             inside = np.array(places)[owners == file] - self._first[file]
             for row in table.take(inside).to_pylist():
                 yield {**row, "split": row["mmkd_split"]}
-
-    def drawn(self, places: Sequence[int]) -> dict[int, str]:
-        """Place -> split as the staged file has it."""
-        owners = np.searchsorted(self._first, places, side="right") - 1
-        found: dict[int, str] = {}
-        for file in np.unique(owners).tolist():
-            mine = np.array(places)[owners == file]
-            table = self._lake.storage.read_table(self.files[file][0], ["split"]).take(mine - self._first[file])
-            found.update(zip(mine.tolist(), table["split"].to_pylist(), strict=True))
-        return found
 
 
 class EarlierPairs:
@@ -198,8 +193,7 @@ class EarlierPairs:
         self.merged = Index.of(
             table.slice(count).select(INDEX.names) for table, count in zip(tables, pairs, strict=True)
         ).row_N
-        final = [name for main in mains for name in main["split"].to_pylist()]
-        self._split_N = np.array([SPLITS.index(name) for name in final], np.int8)
+        self._split_N = np.concatenate([np.empty(0, np.int8), *(split_codes(main["split"]) for main in mains)])
 
     def settled(self) -> Index:
         """The index with the splits in which the pairs are."""
@@ -242,13 +236,13 @@ def _refuse_twins(files: StagedFiles, earlier: EarlierPairs, keep_N: np.ndarray)
     )
 
 
-def _changes(files: StagedFiles, verdicts: Verdicts, splits: Mapping[int, str]) -> dict[int, dict[str, Any]]:
+def _changes(files: StagedFiles, verdicts: Verdicts, split_N: np.ndarray) -> dict[int, dict[str, Any]]:
     """Row -> column -> value, where a pair is not as its row was staged."""
     changes: dict[int, dict[str, Any]] = {}
     for row, labels in verdicts.labels.items():
         changes.setdefault(row, {})["labels"] = labels
-    for row, split in splits.items():
-        changes.setdefault(row, {})["split"] = split
+    for row in np.flatnonzero(split_N != files.split_N).tolist():
+        changes.setdefault(row, {})["split"] = SPLITS[split_N[row]]
     for conflict in verdicts.conflicts:
         if verdicts.keep_N[conflict.row]:
             found = conflict.found
@@ -275,14 +269,11 @@ def _conflict_row(conflict: Conflict) -> dict[str, Any]:
     )
 
 
-def _final_index(files: StagedFiles, verdicts: Verdicts, splits: Mapping[int, str]) -> pa.Table:
+def _final_index(files: StagedFiles, verdicts: Verdicts, split_N: np.ndarray) -> pa.Table:
     """The index of the pairs with the splits in which they are; rows that were merged into them come behind."""
-    pairs = np.flatnonzero(verdicts.keep_N)
-    rows = np.concatenate([pairs, np.array([row for row, _ in verdicts.also], np.int64)]).astype(np.int64)
-    index = files.index.take(rows)
-    ascending = np.sort(rows)
-    drawn = {**files.drawn(ascending.tolist()), **splits}
-    return index.table().append_column("split", pa.array([drawn[row] for row in rows.tolist()], pa.string()))
+    merged = np.array([row for row, _ in verdicts.also], np.int64)
+    rows = np.concatenate([np.flatnonzero(verdicts.keep_N), merged]).astype(np.int64)
+    return files.index.take(rows).table().append_column("split", split_names(split_N[rows]))
 
 
 def plan_shards(files: list[tuple[str, int]], keep: np.ndarray, shard_rows: int) -> list[list[Piece]]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from common.schemas import PAIRS
 from extractor.staging import DIGEST_BYTES, INDEX
@@ -53,14 +54,12 @@ class Index:
         """The index of tables with the columns of ``INDEX``."""
         found = list(tables)
         table = pa.concat_tables(found) if found else INDEX.empty_table()
-        codes = {name: code for code, name in enumerate(SPLITS)}
-        split = [codes[name or ""] for name in table["mmkd_split"].to_pylist()]
         return cls(
             _bytes(table["mmkd_pair"]),
             _bytes(table["mmkd_row"]),
             table["mmkd_group"].to_numpy().astype(np.uint64),
             table["mmkd_id"].to_numpy().astype(np.uint64),
-            np.array(split, np.int8),
+            split_codes(table["mmkd_split"]),
         )
 
     def take(self, rows: np.ndarray) -> Index:
@@ -75,8 +74,19 @@ class Index:
             pa.Array.from_buffers(kind, len(self), [None, pa.py_buffer(np.ascontiguousarray(column).tobytes())])
             for column in (self.pair_N, self.row_N)
         )
-        splits = pa.array([SPLITS[code] or None for code in self.split_N], pa.string())
-        return pa.table([*digests, pa.array(self.group_N), pa.array(self.id_N), splits], schema=INDEX)
+        columns = [*digests, pa.array(self.group_N), pa.array(self.id_N), split_names(self.split_N)]
+        return pa.table(columns, schema=INDEX)
+
+
+def split_codes(column: pa.ChunkedArray) -> np.ndarray:
+    """Names of splits, or null, as places in ``SPLITS``: int8 [N]."""
+    found = pc.fill_null(pc.index_in(column, value_set=pa.array(SPLITS[1:])), -1)
+    return found.to_numpy().astype(np.int8) + np.int8(1)
+
+
+def split_names(codes: np.ndarray) -> pa.Array:
+    """The inverse."""
+    return pa.array([None, *SPLITS[1:]], pa.string()).take(pa.array(codes))
 
 
 def _bytes(column: pa.ChunkedArray) -> np.ndarray:
@@ -146,16 +156,16 @@ def judge_rows(
     in_lake, of_rows = codes[: len(lake)], codes[len(lake) :]
     counts = np.bincount(of_rows, minlength=len(pairs))
     shared = (counts > 1) | ((counts > 0) & np.isin(np.arange(len(pairs)), in_lake))
-    doubtful = rows[shared[of_rows]]
+    doubtful, doubtful_pairs = rows[shared[of_rows]], of_rows[shared[of_rows]]
     if not len(doubtful):
         return verdicts
     standing: dict[int, list[tuple[int | None, dict[str, Any]]]] = {}
     lake_rows = np.flatnonzero(shared[in_lake])
     for place, found in zip(lake_rows, read_lake(lake_rows.tolist()), strict=True):
         standing.setdefault(int(in_lake[place]), []).append((None, found))
-    code_of = dict(zip(rows.tolist(), of_rows.tolist(), strict=True))
-    for row, found in zip(doubtful.tolist(), read_staged(doubtful.tolist()), strict=True):
-        others = standing.setdefault(code_of[row], [])
+    places = doubtful.tolist()
+    for row, pair, found in zip(places, doubtful_pairs.tolist(), read_staged(places), strict=True):
+        others = standing.setdefault(pair, [])
         if others and not _settle(verdicts, row, found, others, keep_contradictions):
             continue
         others.append((row, found))
@@ -198,29 +208,33 @@ def differing(left: dict[str, Any], right: dict[str, Any]) -> tuple[str, ...]:
     return tuple(name for name in (*COMPARED, *kept) if left.get(name) != right.get(name))
 
 
-def settle_splits(staged: Index, keep_N: np.ndarray, lake: Index) -> tuple[dict[int, str], int]:
+def settle_splits(staged: Index, drawn_N: np.ndarray, keep_N: np.ndarray, lake: Index) -> tuple[np.ndarray, int]:
     """Give rows without a split of their own that of their group, where a source or the lake says it.
 
     Args:
         staged: The rows of an ingest; ``split_N`` is what the source gave.
+        drawn_N: The split that each has otherwise: given, or drawn for it; places in ``SPLITS``.
         keep_N: bool [N], which of them become pairs.
         lake: The pairs of earlier ingests; ``split_N`` is where they are.
 
     Returns:
-        Row -> split, for those that follow their group; and how many groups straddle splits because sources say so.
+        int8 [N], where the rows are; and how many groups are in several splits because sources say so.
     """
-    codes: dict[int, int] = {}
-    straddling: set[int] = set()
-    for index, rows in ((lake, np.flatnonzero(lake.group_N)), (staged, np.flatnonzero(keep_N & (staged.group_N > 0)))):
-        for row in rows[index.split_N[rows] > 0].tolist():
-            group, split = int(index.group_N[row]), int(index.split_N[row])
-            if codes.setdefault(group, split) != split:
-                straddling.add(group)
-    if not codes:
-        return {}, 0
-    open_rows = np.flatnonzero(keep_N & (staged.group_N > 0) & (staged.split_N == 0)).tolist()
-    found = {row: SPLITS[codes[int(staged.group_N[row])]] for row in open_rows if int(staged.group_N[row]) in codes}
-    return found, len(straddling)
+    says_N = keep_N & (staged.group_N > 0) & (staged.split_N > 0)
+    in_lake = lake.group_N > 0
+    group_M = np.concatenate([lake.group_N[in_lake], staged.group_N[says_N]])
+    split_M = np.concatenate([lake.split_N[in_lake], staged.split_N[says_N]])
+    known, first = np.unique(group_M, return_index=True)
+    if not len(known):
+        return drawn_N, 0
+    several = np.unique(np.stack([group_M, split_M.astype(np.uint64)]), axis=1)
+    straddling = int((np.unique(several[0], return_counts=True)[1] > 1).sum())
+    open_rows = np.flatnonzero(keep_N & (staged.group_N > 0) & (staged.split_N == 0))
+    place = np.minimum(np.searchsorted(known, staged.group_N[open_rows]), len(known) - 1)
+    is_known = known[place] == staged.group_N[open_rows]
+    settled_N = drawn_N.copy()
+    settled_N[open_rows[is_known]] = split_M[first[place[is_known]]]
+    return settled_N, straddling
 
 
 def twin_ids(staged: Index, keep_N: np.ndarray, lake: Index) -> tuple[int | None, int | None, int] | None:
