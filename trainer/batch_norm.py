@@ -11,7 +11,7 @@ def synchronise(student: nn.Module) -> None:
 
     torch's own function would lose the activations that timm keeps inside such layers (EfficientNet, RegNet, ...).
     """
-    from timm.layers import convert_sync_batchnorm
+    from timm.layers.norm_act import convert_sync_batchnorm
 
     convert_sync_batchnorm(student)
 
