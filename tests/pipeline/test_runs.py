@@ -130,8 +130,8 @@ def test_more_epochs_have_to_be_asked_for(lake):
     before = files_below(lake / "runs")
     with pytest.raises(FingerprintError, match=r"config\.epochs: recorded 1, now 2\. To train on .* give --extend"):
         train_stage1(str(lake), "first", stage1(lake, epochs=2))
-    with pytest.raises(TrainError, match=r"no run frist to extend .* Correct --run"):
-        train_stage1(str(lake), "frist", stage1(lake, epochs=2), extend=True)
+    with pytest.raises(TrainError, match=r"no run typing-error to extend .* Correct --run"):
+        train_stage1(str(lake), "typing-error", stage1(lake, epochs=2), extend=True)
     assert files_below(lake / "runs") == before
 
 
