@@ -24,6 +24,21 @@ STREAM_THREADS = ("StreamingExecutor", "iter_threaded")
 STREAMS_END_SECONDS = 10.0
 
 
+def set_environment() -> None:
+    """Say by environment variables what Ray and torch read when they are imported: to be called before that."""
+    # Spinning OpenMP threads starve the decode tasks beside them: on two busy cores, training was ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    # Without this, whatever still runs while a command ends would start another Ray, or join one that somebody else
+    # has on this machine.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # For the raylet of a local Ray: it ends workers that were idle for a second when there are more of them than free
+    # CPUs. Extraction leaves none free, so each shard's write, and a prepare that had to wait, would start Python anew.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", IDLE_WORKER_LIFE_MS)
+
+
 @contextmanager
 def ray_session(num_gpus: int | None = None) -> Iterator[None]:
     """Join the cluster named by ``RAY_ADDRESS`` (a submitted job has it), else start a local Ray for this command.
@@ -34,17 +49,7 @@ def ray_session(num_gpus: int | None = None) -> Iterator[None]:
     Raises:
         ClusterError: The named cluster does not answer, or a local Ray does not start.
     """
-    # Spinning OpenMP threads starve the decode tasks beside them: on two busy cores, training was ten times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
-    # Set before Ray is imported: it reads them then. Without the first, whatever still runs while a command ends would
-    # start another Ray, or join one that somebody else has on this machine.
-    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
-    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "WARNING")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    # For the raylet of a local Ray: it ends workers that were idle for a second when there are more of them than free
-    # CPUs. Extraction leaves none free, so each shard's write, and a prepare that had to wait, would start Python anew.
-    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", IDLE_WORKER_LIFE_MS)
+    set_environment()
     # Advice about pools that are larger than a small lake needs, and about progress bars we switch off.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"ray\.data\..*")
     for name in ("ray.data._internal.progress", "ray._private.authentication"):

@@ -17,17 +17,17 @@ from trainer.record import RESULT, RUN, Job
 EPOCHS = "config.epochs"
 
 
-def claim_run(storage: Storage, run: str, job: Job, extend: bool = False) -> dict[str, Any]:
-    """Record what a run is, or insist that it is what is recorded.
+def check_run(storage: Storage, run: str, job: Job, extend: bool = False) -> bool:
+    """Insist that a run's name stands for nothing else; writes nothing.
 
     Args:
         storage: The run's folder.
         run: Its name.
         job: What the run is to be.
-        extend: Whether it may have more epochs than it was begun with; it is then recorded as the longer one.
+        extend: Whether it may have more epochs than it was begun with.
 
     Returns:
-        The content of ``run.json``.
+        Whether there is something to record: the run is new, or becomes a longer one.
 
     Raises:
         FingerprintError: The name belongs to a run of another configuration or on other data.
@@ -40,17 +40,33 @@ def claim_run(storage: Storage, run: str, job: Job, extend: bool = False) -> dic
             raise TrainError(
                 f"There is no run {run} to extend in {storage.uri}. Correct --run, or leave --extend out to begin it."
             ) from None
-        facts = {"run": run, "id": uuid.uuid4().hex, "asked": job.asked, "created_at": now()}
-        begun: dict[str, Any] = {"fingerprint": job.identity, **facts}
-        storage.write_json(RUN, begun)
-        return begun
+        return True
     differing = differing_keys(recorded["fingerprint"], job.identity)
     is_longer = set(differing) == {EPOCHS} and differing[EPOCHS][0] < differing[EPOCHS][1]
     if differing and not (extend and is_longer):
         raise FingerprintError(_refusal(storage, run, differing, is_longer, extend))
-    if differing:
-        recorded = _extended(storage, run, job, recorded, *differing[EPOCHS])
-    return dict(recorded)
+    return bool(differing)
+
+
+def claim_run(storage: Storage, run: str, job: Job, extend: bool = False) -> dict[str, Any]:
+    """Record what a run is, or insist that it is what is recorded; see :func:`check_run`.
+
+    With ``extend``, a run of fewer epochs is recorded as the longer one.
+
+    Returns:
+        The content of ``run.json``.
+    """
+    is_news = check_run(storage, run, job, extend)
+    if not storage.exists(RUN):
+        facts = {"run": run, "id": uuid.uuid4().hex, "asked": job.asked, "created_at": now()}
+        begun: dict[str, Any] = {"fingerprint": job.identity, **facts}
+        storage.write_json(RUN, begun)
+        return begun
+    recorded = dict(storage.read_json(RUN))
+    if is_news:
+        differing = differing_keys(recorded["fingerprint"], job.identity)
+        return _extended(storage, run, job, recorded, *differing[EPOCHS])
+    return recorded
 
 
 def _refusal(storage: Storage, run: str, differing: dict[str, tuple[Any, Any]], is_longer: bool, extend: bool) -> str:

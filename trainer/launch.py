@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -9,6 +10,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +28,7 @@ from common.stopping import StopSignals
 from common.storage import Storage
 from trainer.architecture import Architecture
 from trainer.checkpoint import newest_checkpoint
-from trainer.claim import claim_run
+from trainer.claim import check_run, claim_run
 from trainer.config import DataConfig, ScaleConfig, Stage1Config, Stage2Config
 from trainer.data import TrainData, read_selection
 from trainer.order import Order
@@ -148,11 +150,10 @@ class Placement:
     """Of torch in each worker on a CPU; 0 leaves Ray's choice, one for each CPU reserved."""
 
 
-def check_cluster(scale: ScaleConfig, data: DataConfig) -> Placement:
-    """Decide where to train, and insist that the cluster can hold the workers beside one decode task.
+def check_settings(scale: ScaleConfig, data: DataConfig) -> None:
+    """What can be known of a run's workers before there is a cluster.
 
     Raises:
-        ClusterError: It cannot; says what is there and what is needed.
         TrainError: The lanes cannot be dealt to the workers evenly, or a tracker's package is missing.
     """
     check_trackers(scale.track)
@@ -169,6 +170,15 @@ def check_cluster(scale: ScaleConfig, data: DataConfig) -> Placement:
                 f"{f', scale.max_workers={most}' if scale.max_workers else ''}), so the lanes cannot be dealt evenly. "
                 "Choose lanes once, as a multiple of every number of workers you may use."
             )
+
+
+def check_cluster(scale: ScaleConfig, tasks: int) -> Placement:
+    """Decide where to train, and insist that the cluster can hold the workers beside one decode task.
+
+    Raises:
+        ClusterError: It cannot; says what is there and what is needed.
+    """
+    most = scale.max_workers or scale.workers
     have = ray.cluster_resources()
     cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
     gpu = scale.use_gpu if scale.use_gpu is not None else gpus >= scale.workers
@@ -188,7 +198,7 @@ def check_cluster(scale: ScaleConfig, data: DataConfig) -> Placement:
     threads = scale.threads
     if in_process and not threads:
         # Decoding needs its cores: two torch threads that wait for a third party's core ran at a tenth of one's speed.
-        threads = max(1, min(int(cpus), os.cpu_count() or 1) - data.tasks)
+        threads = max(1, min(int(cpus), os.cpu_count() or 1) - tasks)
     return Placement(gpu, in_process, threads)
 
 
@@ -206,29 +216,50 @@ def run_identity(
     return {"stage": stage, "config": settings, "data": rows.identity, "student": student, **facts}
 
 
-def launch(lake: Lake, run: str, job: Job, data: TrainData, placement: Placement, extend: bool = False) -> TrainResult:
-    """Run a job to its end, or go on with it; a finished one is only reported. Ray must be initialised.
+Session = Callable[[], AbstractContextManager[Any]]
+"""Gives a context in which Ray is initialised."""
+
+
+def launch(
+    lake: Lake, run: str, job: Job, data: TrainData, extend: bool = False, session: Session = contextlib.nullcontext
+) -> TrainResult:
+    """Run a job to its end, or go on with it; a finished one is only reported, and needs no cluster.
 
     Args:
         lake: Where the run's folder is.
         run: Its name.
-        job: What the run is.
+        job: What the run is; where its workers go is decided here.
         data: What the workers read.
-        placement: Where they go.
         extend: Whether a run that was begun with fewer epochs may go on to those of ``job``.
+        session: Entered when there is something to train; by default, Ray must be initialised already.
 
     Raises:
         FingerprintError: The name belongs to a run of another configuration or on other data.
         TrainError: There is no run to extend.
+        ClusterError: The cluster is too small.
         StoppedError: SIGTERM or SIGINT came; the workers saved a checkpoint first.
         MmkdError: What the workers found wrong.
     """
     storage = Storage(job.run_uri)
-    claimed = claim_run(storage, run, job, extend)
-    job = replace(job, key=claimed["id"], extended=tuple(claimed.get("extended", ())))
-    if storage.exists(RESULT):
+    if not check_run(storage, run, job, extend) and storage.exists(RESULT):
         logger.info("%s: run %s is finished; nothing to do", job.stage, run)
         return read_result(storage, run)
+    with session():
+        placement = check_cluster(job.scale, job.tasks)
+        claimed = claim_run(storage, run, job, extend)
+        job = replace(
+            job,
+            gpu=placement.gpu,
+            threads=placement.threads,
+            key=claimed["id"],
+            extended=tuple(claimed.get("extended", ())),
+        )
+        _train(lake, run, job, data, placement)
+    return read_result(storage, run)
+
+
+def _train(lake: Lake, run: str, job: Job, data: TrainData, placement: Placement) -> None:
+    storage = Storage(job.run_uri)
     storage.remove(ERROR)
     storage.remove(STOP)
     logger.info(
@@ -251,7 +282,6 @@ def launch(lake: Lake, run: str, job: Job, data: TrainData, placement: Placement
             f"Run {run} was stopped by {stop.asked} after step {saved.step if saved else 0} of {job.total_steps}. "
             "Start the same command again to go on from there."
         )
-    return read_result(storage, run)
 
 
 def _fit_or_stop(fit_all: Callable[[], None], stop: StopSignals, run: Storage) -> None:

@@ -56,8 +56,6 @@ class Job:
     optim: OptimConfig
     scale: ScaleConfig
     tasks: int
-    gpu: bool
-    threads: int
     total_steps: int
     objective: Callable[[], Objective]
     start: Callable[[Student], None]
@@ -71,6 +69,9 @@ class Job:
     """When the run was given more epochs, as in run.json."""
     key: str = ""
     """By which trackers know the run; the driver finds it in run.json."""
+    gpu: bool = False
+    threads: int = 0
+    """Of torch in each worker on a CPU; 0 leaves Ray's choice."""
 
 
 class Parts(NamedTuple):

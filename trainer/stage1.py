@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 from common.lake import open_lake
@@ -9,14 +10,21 @@ from common.storage import address_within
 from trainer.architecture import resolve_architecture
 from trainer.config import ModelConfig, Stage1Config
 from trainer.data import TrainData
-from trainer.launch import TrainResult, build_order, check_cluster, find_rows, launch, run_identity
+from trainer.launch import Session, TrainResult, build_order, check_settings, find_rows, launch, run_identity
 from trainer.objectives import ContrastiveObjective
 from trainer.record import Job
 from trainer.starting_weights import load_start
 from trainer.student import Student
 
 
-def train_stage1(lake_uri: str, run: str, config: Stage1Config, *, extend: bool = False) -> TrainResult:
+def train_stage1(
+    lake_uri: str,
+    run: str,
+    config: Stage1Config,
+    *,
+    extend: bool = False,
+    session: Session = contextlib.nullcontext,
+) -> TrainResult:
     """Train a student on a lake's train split, or go on where the run of this name stopped.
 
     Args:
@@ -24,14 +32,16 @@ def train_stage1(lake_uri: str, run: str, config: Stage1Config, *, extend: bool 
         run: Name of the folder under ``runs/``.
         config: Everything else. Only ``scale`` and ``data.tasks`` may differ when a run goes on.
         extend: Whether a run that was begun with fewer epochs may go on to those of ``config``.
+        session: Context in which Ray is initialised, entered when there is something to train; by default it must be
+            already.
 
     Raises:
         LakeError: No lake, or the run's name belongs to another configuration or other data.
         TrainError: The student cannot be built, there is too little data, or the loss diverges.
-        ClusterError: The cluster is too small. Ray must be initialised.
+        ClusterError: The cluster is too small.
     """
     lake = open_lake(lake_uri)
-    placement = check_cluster(config.scale, config.data)
+    check_settings(config.scale, config.data)
     architecture = resolve_architecture(config.model.architecture, config.model.tokenizer)
     rows = find_rows(lake, (), None, config.data.seed)
     order = build_order(rows, config.data, lake)
@@ -41,8 +51,6 @@ def train_stage1(lake_uri: str, run: str, config: Stage1Config, *, extend: bool 
         optim=config.optim,
         scale=config.scale,
         tasks=config.data.tasks,
-        gpu=placement.gpu,
-        threads=placement.threads,
         total_steps=order.steps_per_epoch * config.epochs,
         objective=functools.partial(ContrastiveObjective, config.init_temperature, config.loss),
         start=functools.partial(_start, config.model),
@@ -50,7 +58,7 @@ def train_stage1(lake_uri: str, run: str, config: Stage1Config, *, extend: bool 
         identity=run_identity("stage1", config, rows, architecture),
         asked={name: address_within(given, lake.uri) for name, given in config.model if given is not None},
     )
-    return launch(lake, run, job, TrainData(lake.uri, order, architecture, config.data.crop_scale), placement, extend)
+    return launch(lake, run, job, TrainData(lake.uri, order, architecture, config.data.crop_scale), extend, session)
 
 
 def _start(model: ModelConfig, student: Student) -> None:

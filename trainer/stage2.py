@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 from common.config import fingerprint
@@ -13,7 +14,7 @@ from trainer.alignment.maps import Alignment, load_alignment
 from trainer.checkpoint import MODEL, load_checkpoint
 from trainer.config import Stage2Config
 from trainer.data import StoredViews, TrainData
-from trainer.launch import TrainResult, build_order, check_cluster, find_rows, launch, run_identity
+from trainer.launch import Session, TrainResult, build_order, check_settings, find_rows, launch, run_identity
 from trainer.objectives import DistillObjective
 from trainer.record import RUN, Job
 from trainer.selection.stored import choose_selection
@@ -25,7 +26,13 @@ IMAGE_ENCODER_SCALE = 1 / 0.07
 
 
 def train_stage2(
-    lake_uri: str, run: str, init: str | None, config: Stage2Config, *, extend: bool = False
+    lake_uri: str,
+    run: str,
+    init: str | None,
+    config: Stage2Config,
+    *,
+    extend: bool = False,
+    session: Session = contextlib.nullcontext,
 ) -> TrainResult:
     """Distil a lake's teachers into a student, or go on where the run of this name stopped.
 
@@ -35,11 +42,13 @@ def train_stage2(
         init: A stage-1 checkpoint: a run's folder or one of its step folders. The student is built from it.
         config: Everything else. Only ``scale`` and ``data.tasks`` may differ when a run goes on.
         extend: Whether a run that was begun with fewer epochs may go on to those of ``config``.
+        session: Context in which Ray is initialised, entered when there is something to train; by default it must be
+            already.
 
     Raises:
         LakeError: No lake, no embeddings, no selection, or the run's name belongs to another configuration.
         TrainError: No usable stage-1 checkpoint, too little data, or the loss diverges.
-        ClusterError: The cluster is too small. Ray must be initialised.
+        ClusterError: The cluster is too small.
     """
     lake = open_lake(lake_uri)
     if init is None:
@@ -47,7 +56,7 @@ def train_stage2(
             f"Stage 2 starts from a stage-1 student and none was given. Run `mmkd train stage1 {lake_uri}` first, then "
             f"`mmkd train stage2 {lake_uri} --init {lake_uri.rstrip('/')}/runs/RUN` with the run that it printed."
         )
-    placement = check_cluster(config.scale, config.data)
+    check_settings(config.scale, config.data)
     checkpoint = load_checkpoint(init)
     architecture = checkpoint.architecture()
     selection, teachers = choose_selection(lake, config.selection, config.teachers)
@@ -77,8 +86,6 @@ def train_stage2(
         optim=config.optim,
         scale=config.scale,
         tasks=config.data.tasks,
-        gpu=placement.gpu,
-        threads=placement.threads,
         total_steps=order.steps_per_epoch * config.epochs,
         objective=functools.partial(
             DistillObjective, config.distill, scales, start_scale, width, dims, alignment.maps if alignment else None
@@ -92,7 +99,7 @@ def train_stage2(
     lengths = config.distill.target_length == "stored" and alignment is None
     views = stored_views(lake, teachers, lengths) if config.views == "stored" else None
     data = TrainData(lake.uri, order, architecture, config.data.crop_scale, teachers, selection, lengths, views)
-    return launch(lake, run, job, data, placement, extend)
+    return launch(lake, run, job, data, extend, session)
 
 
 def teacher_scales(lake: Lake, teachers: tuple[str, ...], selection: str, config: Stage2Config) -> dict[str, float]:

@@ -64,7 +64,10 @@ def run_job(job: Job, data_ref: ray.ObjectRef, run: Storage) -> None:
     # An elastic group takes all the CPUs it can get.
     cpus = 1 if job.scale.max_workers is None else 0
     batches = started(ray_batches(data_ref, first_step, job.total_steps, rank, workers, job.tasks, cpus))
-    parts = prepare(job, data, run, first_step, device)
+    parts = together(lambda: prepare(job, data, run, first_step, device), device)
+    if parts is None:
+        batches.close()
+        return
     if job.scale.compile:
         parts.student.compile()  # in place, so that checkpoints know nothing of it
     doubt = describe_parts(parts.student, data.order.batch_size, workers, job.scale.accumulate, device.type == "cuda")
@@ -119,6 +122,27 @@ def agree_on_start(run: Storage, rank: int, device: torch.device) -> int:
     if distributed.is_initialized():
         distributed.broadcast(step, src=0)
     return int(step)
+
+
+def together(build: Callable[[], Parts], device: torch.device) -> Parts | None:
+    """What each worker builds by itself, if all of them can; None where another one cannot, and says why.
+
+    Otherwise the others would wait for it in the next collective, until that gives up after half an hour.
+
+    Raises:
+        MmkdError: This worker cannot.
+    """
+    built, failure = None, None
+    try:
+        built = build()
+    except MmkdError as error:
+        failure = error
+    failures = torch.tensor(int(failure is not None), device=device)
+    if distributed.is_initialized():
+        distributed.all_reduce(failures)
+    if failure is not None:
+        raise failure
+    return None if failures else built
 
 
 def prepare(job: Job, data: TrainData, run: Storage, first_step: int, device: torch.device) -> Parts:

@@ -17,7 +17,7 @@ from cluster.commands.options import (
     split_names,
 )
 from cluster.commands.train_recipes import TrainCommands, load_stage
-from cluster.session import ray_session
+from cluster.session import ray_session, set_environment
 from common.config import load_config
 from common.errors import ConfigError
 from trainer.config import AlignConfig, EvaluateConfig, SelectConfig, Stage1Config, Stage2Config
@@ -106,11 +106,11 @@ def stage1(
         return
     from common.lake import open_lake
 
-    open_lake(lake)  # before Ray starts, so that a wrong address is told at once
-    with ray_session():
-        from trainer.stage1 import train_stage1
+    open_lake(lake)  # before anything is imported, so that a wrong address is told at once
+    set_environment()
+    from trainer.stage1 import train_stage1
 
-        typer.echo(train_stage1(lake, run, settings, extend=extend).checkpoint)
+    typer.echo(train_stage1(lake, run, settings, extend=extend, session=ray_session).checkpoint)
 
 
 @train_app.command("stage2")
@@ -137,14 +137,14 @@ def stage2(
         return
     from common.lake import open_lake
 
-    # Before Ray starts, so that a wrong address or a missing checkpoint is told at once.
+    # Before anything is imported, so that a wrong address is told at once.
     found = open_lake(lake)
     if init is None:
         raise ConfigError(_init_is_missing(found))
-    with ray_session():
-        from trainer.stage2 import train_stage2
+    set_environment()
+    from trainer.stage2 import train_stage2
 
-        typer.echo(train_stage2(lake, run, init, settings, extend=extend).checkpoint)
+    typer.echo(train_stage2(lake, run, init, settings, extend=extend, session=ray_session).checkpoint)
 
 
 def _init_is_missing(lake: Lake) -> str:

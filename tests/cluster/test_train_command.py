@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster.commands import train_recipes, training
-from common.errors import ConfigError
+from common.errors import ConfigError, MmkdError
 from common.lake import create_lake, shard_name
 from common.schemas import PAIRS
 
@@ -46,9 +46,37 @@ def test_a_missing_init_comes_with_the_runs_that_would_do(lake):
     assert mistake("stage2", lake.uri).endswith(f"This lake has: --init {lake.uri}/runs/first.")
 
 
-def test_with_an_init_ray_starts(lake):
-    result = CliRunner().invoke(training.train_app, ["stage2", lake.uri, "--init", "somewhere"])
-    assert isinstance(result.exception, AssertionError)
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["stage2", "--init", "somewhere"], "There is no checkpoint at somewhere"),
+        (["stage1", "--set", "model.architecture=ViT-B-99"], "'ViT-B-99' is neither an open_clip architecture"),
+        (["stage1", "--set", "data.lanes=4", "--set", "scale.workers=3"], "not a multiple of 3 workers"),
+        (["stage1", "--set", "data.batch_size=64"], "has 20 samples to train on, fewer than one batch of 64"),
+        (["stage1", "--extend", "--set", "data.batch_size=8"], "There is no run stage1 to extend"),
+    ],
+)
+def test_other_mistakes_are_told_before_ray_starts(lake, make_lake, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.setenv("MMKD_CACHE", str(tmp_path / "cache"))
+    full = make_lake(tmp_path / "full", rows=25, shard_rows=8)
+    stage, *rest = arguments
+    found = CliRunner().invoke(training.train_app, [stage, full.uri, *rest]).exception
+    assert isinstance(found, MmkdError), found
+    assert words in str(found)
+    assert not full.storage.list_folders("runs"), "nothing is recorded of a run that did not begin"
+
+
+def test_without_a_mistake_ray_starts(make_lake, tmp_path, monkeypatch):
+    class BegunError(Exception):
+        pass
+
+    def begin():
+        raise BegunError
+
+    monkeypatch.setattr(training, "ray_session", begin)
+    full = make_lake(tmp_path / "full", rows=25, shard_rows=8)
+    result = CliRunner().invoke(training.train_app, ["stage1", full.uri, "--set", "data.batch_size=8"])
+    assert isinstance(result.exception, BegunError)
 
 
 def test_a_recipe_in_place_of_a_stage_is_answered_with_every_recipe(monkeypatch):
