@@ -95,6 +95,9 @@ class ModelConfig(StrictModel):
     text_weights: str | None = Field(
         None, description="Text tower alone, from a BERT's checkpoint file or folder. The paper: BiomedBERT."
     )
+    weights_license: str | None = Field(
+        None, description="Licence of these first weights, for the student's card. Known of MetaCLIP's tags."
+    )
 
 
 class OptimConfig(StrictModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -24,6 +24,7 @@ from common.version import VERSION
 from trainer.checkpoint import Checkpoint
 from trainer.evaluation.scores import read_scores
 from trainer.evaluation.tables import format_markdown
+from trainer.starting_weights import NOT_RECORDED
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
 
@@ -61,7 +62,9 @@ def write_model_card(
         loading=_loading(config.get("model_cfg", config)),
         data=_data(lake) if lake else "The checkpoint was exported away from its lake.",
         teachers=_teachers(terms),
-        restrictions=restrictions(terms, _pair_counts(lake)["license"] if lake else ()),
+        restrictions=restrictions(
+            terms, _pair_counts(lake)["license"] if lake else (), state.get("first_weights") or {}
+        ),
         recipe=f"```yaml\n{yaml.safe_dump(_recipe(state), sort_keys=False, allow_unicode=True)}```",
         scores=format_markdown(scores) if scores is not None else "Not evaluated yet (`mmkd evaluate`).",
     )
@@ -93,7 +96,7 @@ def _scores_of(lake: Lake, weights_sha256: str) -> pa.Table | None:
 
 
 def _recipe(state: dict[str, Any]) -> dict[str, Any]:
-    names = ("stage", "asked", "extended", "step", "total_steps", "epoch", "metrics")
+    names = ("stage", "asked", "first_weights", "extended", "step", "total_steps", "epoch", "metrics")
     kept = {key: state[key] for key in names if state.get(key) not in (None, {}, [])}
     return {**kept, **{key: value for key, value in state["identity"].items() if key != "teachers"}}
 
@@ -173,6 +176,8 @@ def _teachers(terms: list[TeacherTerms]) -> str:
     ]
     for teacher in terms:
         said = teacher.derivative_terms or "not recorded: find out before you publish"
+        if teacher.derivatives == "unknown" and teacher.derivative_terms:
+            said += " (nobody has said whether that allows it)"
         accepted = (teacher.accepted_at or "")[:10] or "not needed"
         lines.append(
             f"| {teacher.name} | {teacher.license or 'not recorded'} | {said} | {accepted} | "
@@ -181,28 +186,45 @@ def _teachers(terms: list[TeacherTerms]) -> str:
     return "\n".join(lines)
 
 
-def restrictions(terms: Sequence[TeacherTerms], pair_licenses: Iterable[str]) -> str:
-    """What the teachers' terms and the pairs' licences leave of the student's freedom, strictest first, as a list."""
+def restrictions(
+    terms: Sequence[TeacherTerms], pair_licenses: Iterable[str], first_weights: Mapping[str, str] | None = None
+) -> str:
+    """What the terms of teachers, pairs and first weights leave of the student's freedom, strictest first, as a list.
+
+    Args:
+        terms: Of the teachers.
+        pair_licenses: Those of the pairs.
+        first_weights: Name -> licence of what the student was started from.
+    """
     by_kind = {
         kind: [t.name for t in terms if t.derivatives == kind] for kind in ("forbidden", "conditional", "unknown")
     }
-    noncommercial = [t.name for t in terms if _is_noncommercial(t.license)]
-    data = sorted({name for name in pair_licenses if _is_noncommercial(name)})
+    licensed = [
+        *((t.name, t.license) for t in terms),
+        *((f"pairs ({name})", name) for name in sorted(pair_licenses)),
+        *((f"the first weights ({name}: {given})", given) for name, given in (first_weights or {}).items()),
+    ]
     lines = []
     if by_kind["forbidden"]:
         lines.append(
             f"**Not to be used or passed on without the permission of the authors of {_and(by_kind['forbidden'])}**, "
             "whose terms forbid models trained on their outputs."
         )
-    if noncommercial or data:
-        whose = [*noncommercial, *(f"pairs ({name})" for name in data)]
+    if whose := [name for name, given in licensed if _is_noncommercial(given)]:
         lines.append(f"**Non-commercial use only**, after the licences of {_and(whose)}.")
+    if whose := [name for name, given in licensed if _is_share_alike(given)]:
+        lines.append(
+            f"**Share alike**: the licences of {_and(whose)} ask that what is adapted from them is passed on under "
+            "the same one."
+        )
     if by_kind["conditional"]:
         lines.append(f"Under the conditions of {_and(by_kind['conditional'])}, listed above.")
     if by_kind["unknown"]:
         lines.append(f"Not cleared: nobody has recorded what {_and(by_kind['unknown'])} allow; ask their authors.")
+    if unrecorded := [name for name, given in (first_weights or {}).items() if given == NOT_RECORDED]:
+        lines.append(f"Not cleared: nobody has recorded the licence of the first weights ({_and(unrecorded)}).")
     if not lines:
-        return "None that the records of teachers and pairs show."
+        return "None that the records of teachers, pairs and first weights show."
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -212,3 +234,7 @@ def _and(names: Sequence[str]) -> str:
 
 def _is_noncommercial(license_name: str | None) -> bool:
     return license_name is not None and re.search(r"(?i)\bNC\b|non-?commercial", license_name) is not None
+
+
+def _is_share_alike(license_name: str | None) -> bool:
+    return license_name is not None and re.search(r"(?i)\bSA\b|share-?alike", license_name) is not None

@@ -65,6 +65,8 @@ class Job:
     """What the run is, as in run.json; goes into every checkpoint."""
     asked: dict[str, str] = field(default_factory=dict)
     """For people: the names and addresses behind the hashes of the identity, relative to the lake if inside it."""
+    first_weights: dict[str, str] = field(default_factory=dict)
+    """Name -> licence of what the student was started from, also by the stage before."""
     extended: tuple[dict[str, Any], ...] = ()
     """When the run was given more epochs, as in run.json."""
     key: str = ""
@@ -222,6 +224,7 @@ class Recorder:
             "stage": self.job.stage,
             "identity": self.job.identity,
             "asked": self.job.asked,
+            "first_weights": self.job.first_weights,
             "extended": list(self.job.extended),
             "metrics": row,
             # Order, crops, caption draws and dropout are functions of these, so there is no generator to save.

@@ -13,7 +13,7 @@ from trainer.data import TrainData
 from trainer.launch import Session, TrainResult, build_order, check_settings, find_rows, launch, run_identity
 from trainer.objectives import ContrastiveObjective
 from trainer.record import Job
-from trainer.starting_weights import load_start
+from trainer.starting_weights import licences, load_start
 from trainer.student import Student
 
 
@@ -57,6 +57,7 @@ def train_stage1(
         validation_places=rows.validation,
         identity=run_identity("stage1", config, rows, architecture),
         asked={name: address_within(given, lake.uri) for name, given in config.model if given is not None},
+        first_weights=licences(config.model),
     )
     return launch(lake, run, job, TrainData(lake.uri, order, architecture, config.data.crop_scale), extend, session)
 

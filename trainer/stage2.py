@@ -94,6 +94,7 @@ def train_stage2(
         validation_places=rows.validation,
         identity=run_identity("stage2", config, rows, architecture, **facts),
         asked={"init": address_within(checkpoint.uri, lake.uri)},
+        first_weights=checkpoint.state().get("first_weights", {}),
     )
     # Maps are fitted to unit vectors; what comes out of them has the length that counts then.
     lengths = config.distill.target_length == "stored" and alignment is None

@@ -19,6 +19,11 @@ BERT_HEADS = ("cls.", "pooler.")
 """Of masked-language modelling; the student projects the tower's own states."""
 
 
+NOT_RECORDED = "not recorded"
+KNOWN_LICENCES = {"metaclip": "CC-BY-NC-4.0"}
+"""Part of a name -> licence. MetaCLIP's: its page on the hub and its repository's LICENSE (facts of 2026-11)."""
+
+
 class Towers(NamedTuple):
     """Where each tower of a student came from."""
 
@@ -47,6 +52,20 @@ def identify(model: ModelConfig) -> dict[str, str]:
             found[name] = f"sha256:{weights_sha256(place, 'student')}"
         else:
             found[name] = given if "/" in given else f"{model.architecture}/{given}"  # a tag is of an architecture
+    return found
+
+
+def licences(model: ModelConfig) -> dict[str, str]:
+    """Name of the first weights -> their licence, for whoever passes the student on; empty where it starts at random.
+
+    The name says which tower, and the published name or the file's. What nobody has said is "not recorded".
+    """
+    found = {}
+    for name in ("weights", "vision_weights", "text_weights"):
+        given = getattr(model, name)
+        if given is not None:
+            known = next((licence for mark, licence in KNOWN_LICENCES.items() if mark in given.lower()), NOT_RECORDED)
+            found[f"{name} {given.rstrip('/').rpartition('/')[2]}"] = model.weights_license or known
     return found
 
 

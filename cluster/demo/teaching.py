@@ -85,6 +85,7 @@ def write_catalog(home: Path, specialists: Sequence[Specialist], origin: str) ->
             "family": "open_clip",
             "path": f"teachers/{specialist.name}",  # relative to the catalog: the demo's folder may be moved
             "license": "CC0-1.0" if origin == "drawn" else "as the pairs it was trained on",
+            "derivatives": "allowed",
             "derivative_terms": "none: trained by the mmkd demo",
             "facts": {"trained on": f"{', '.join(specialist.modalities)} ({origin} pictures)"},
         }

@@ -101,7 +101,13 @@ def test_the_folder_holds_a_card_with_data_teachers_recipe_and_scores(checkpoint
     for name, terms in (("alpha", "no restrictions known"), ("beta", None)):
         small_lake.storage.write_json(
             f"manifests/teachers/{name}.json",
-            {"fingerprint": teacher, "logit_scale": 100.0, "license": "MIT", "derivative_terms": terms},
+            {
+                "fingerprint": teacher,
+                "logit_scale": 100.0,
+                "license": "MIT",
+                "derivatives": "allowed" if terms else "unknown",
+                "derivative_terms": terms,
+            },
         )
     run = Path(small_lake.uri) / "runs" / "stage2-x"
     folder = checkpoint(run, teachers=("alpha", "beta"))
