@@ -30,21 +30,22 @@ def parse_kept(asked: Iterable[str]) -> dict[str, str | None]:
         ValueError: A type is unknown, a name is empty, said twice, or one of the lake's own columns.
     """
     found: dict[str, str | None] = {}
-    own = _own_names() if (asked := tuple(asked)) else []
+    own = [name.lower() for name in _own_names()] if (asked := tuple(asked)) else []
     for text in asked:
         name, mark, kind = text.rpartition(":")
         if not mark or kind not in KEPT_TYPES:
             name, kind = text, ""
-        if mark and not kind and text.rpartition(":")[2].isidentifier() and text not in own:
+        if mark and not kind and text.rpartition(":")[2].isidentifier() and text.lower() not in own:
             raise ValueError(
                 f"column {text!r}: {text.rpartition(':')[2]!r} is no type. Expected NAME or NAME:TYPE with one of "
                 f"{', '.join(KEPT_TYPES)}; for a column whose name holds a colon say its type, too"
             )
-        if not name or name in found:
+        # Some readers do not tell names apart by case.
+        if not name or name.lower() in map(str.lower, found):
             raise ValueError(f"{text!r}: {'named twice' if name else 'a column needs a name'}")
         if name.startswith("mmkd_"):
             raise ValueError(f"{name!r}: names that begin with mmkd_ are the program's own. Rename it in the source")
-        if name in own:
+        if name.lower() in own:
             raise ValueError(
                 f"{name!r} is a column that every lake has, so that it cannot be kept under this name. "
                 "Rename it in the source"
@@ -127,10 +128,11 @@ def _int64(cell: Any) -> int:
     return value
 
 
-def _float64(cell: Any) -> float:
+def _float64(cell: Any) -> float | None:
     if isinstance(cell, bool) or not isinstance(cell, int | float | str | Decimal):
         raise TypeError(f"a {type(cell).__name__}")
-    return float(cell)
+    value = float(cell)
+    return None if math.isnan(value) else value  # which is what an empty cell is
 
 
 def _bool(cell: Any) -> bool:
@@ -143,6 +145,8 @@ def _bool(cell: Any) -> bool:
 
 def _date(cell: Any) -> datetime.date:
     if isinstance(cell, datetime.datetime):
+        if cell.time() != datetime.time():
+            raise ValueError("it has a time of day")
         return cell.date()
     return cell if isinstance(cell, datetime.date) else datetime.date.fromisoformat(_text(cell))
 

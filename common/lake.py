@@ -113,6 +113,16 @@ class Lake:
             left = {index for index, is_left in zip(unsure, pool.map(self._is_left, unsure), strict=True) if is_left}
         return [index for index in present if index not in left]
 
+    def captioned_shards(self) -> set[int]:
+        """Shards of pairs that all have captions, as their ingests counted them: nobody need read the captions."""
+        found: set[int] = set()
+        for name in self.storage.list_files("ingests", ".json"):
+            manifest = self.storage.read_json(f"ingests/{name}")
+            if manifest.get("without_captions") == 0:
+                first = int(manifest["first_shard"])
+                found.update(range(first, first + int(manifest["shards"])))
+        return found
+
     def _is_left(self, index: int) -> bool:
         """Whether a shard of pairs belongs to an ingest, going by its footer, or has gone meanwhile."""
         try:
@@ -258,13 +268,15 @@ def _lake_address(uri: str) -> str:
     return full
 
 
-def create_lake(uri: str, shard_rows: int, kept_columns: Mapping[str, str] | None = None) -> Lake:
+def create_lake(uri: str, shard_rows: int, kept_columns: Mapping[str, str] | None = None, settle: bool = False) -> Lake:
     """Open the lake at an address, creating ``lake.json`` when there is none.
 
     Args:
         uri: The address.
         shard_rows: Rows per shard.
         kept_columns: Name -> type of the columns that its pairs have beside those of every lake.
+        settle: Let a lake without pairs, which only ingests that failed have seen, have these columns instead of those
+            that it was begun with; for whoever holds the lease.
 
     Raises:
         LakeError: A lake with another shard size, other columns or another schema version is there already.
@@ -294,6 +306,10 @@ def create_lake(uri: str, shard_rows: int, kept_columns: Mapping[str, str] | Non
             f"Use --set shard_rows={info.get('shard_rows')}, or ingest into a new lake."
         )
     recorded = info.get("kept_columns", {})
+    if recorded != dict(kept_columns or {}) and not lake.files("pairs"):
+        if settle:
+            lake.storage.write_json("lake.json", {**info, "kept_columns": dict(kept_columns or {})})
+        return lake
     if recorded != dict(kept_columns or {}):
         # All shards have the same columns: otherwise no reader could open the folder.
         listing = " ".join(f"--keep-columns {name}:{kind}" for name, kind in recorded.items())

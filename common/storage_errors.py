@@ -13,7 +13,8 @@ _SIGNS = re.compile(
     r"[?&;](?:amp;)?"
     # S3 (also its older form and its imitators), Google's and Azure's; tokens of whoever else.
     r"(?:x-(?:amz|goog|oss|cos|ms)-[\w-]+|\w{0,32}accesskeyid|googleaccessid|key-pair-id"
-    r"|(?:[\w-]{0,32}[-_])?(?:sig|signature|token|authorization|password|secret|api-?key)|\w{1,32}token)"
+    r"|(?:[\w-]{0,32}[-_])?(?:sig|signature|token|auth|authorization|password|passwd|pwd|secret|credential|jwt|hmac"
+    r"|hdnea|hdnts|session|sessionid|(?:api|access|secret)[-_]?key)_{0,2}|key|\w{1,32}token)"
     r"=[^\s&'\"]*",
     re.IGNORECASE,
 )

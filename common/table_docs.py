@@ -66,7 +66,7 @@ TABLES = (
     ),
     TableDoc(
         "Rejects",
-        "rejects/stage=*/**/*.parquet",
+        "rejects/ingest/*.parquet, rejects/extract/*/shard-*.parquet",
         "One row per input that did not become a pair, or that a teacher could not embed.",
         REJECTS,
         {

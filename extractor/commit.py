@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,15 +36,30 @@ from extractor.duplicates import (
     split_names,
     twin_ids,
 )
-from extractor.staging import INDEX, ROW, StagedPart, reject_row, rejects_name, sample_id, staged_name
+from extractor.staging import (
+    INDEX,
+    ROW,
+    StagedPart,
+    another_id,
+    digest_of,
+    reject_row,
+    rejects_name,
+    staged_name,
+    staging_folder,
+)
 from extractor.tasks import Workers
 from extractor.tending.integrity import content_hash
 
-DESCRIBED = ["sample_id", "captions", "source", "source_key", "sha256", *COMPARED]
+DESCRIBED = ["sample_id", "source", "source_key", "sha256", *COMPARED]
 """What is read of rows that are of the same pair."""
 REJECTS_PER_FILE = 50_000
+REJECTS_NAME = re.compile(r"^([0-9a-f]{16})-\d{6}\.parquet$")
+"""Of a file of rejects, as ingests write them; begins with the ingest's id."""
 FEW_SHARDS = 4
 """So many are written sooner than a local Ray starts."""
+
+MADE_OF = "mmkd.made_of"
+"""Key of a shard's file metadata: a hash of the staged rows that it was made of."""
 
 Piece = tuple[str, int, int]
 """A run of rows of a staged file: its name, first row, number of rows."""
@@ -121,20 +137,22 @@ def commit(
         done.contradictions = count_of(verdicts.conflicts)
     todo = []
     for index, pieces in enumerate(plan, first_shard):
-        if there.get(index) == sum(rows for _, _, rows in pieces):
+        begin = (index - first_shard) * config.shard_rows
+        rows = places[begin : begin + config.shard_rows]
+        changed = {str(i): changes[row] for i, row in enumerate(rows.tolist()) if row in changes}
+        # A part that was read anew may have brought other rows, and all but the last shard have as many.
+        made_of = digest_of([pieces, changed, files.index.row_N[rows].tobytes().hex()]).hex()
+        if there.get(index) == made_of:
             _count(done, _counts_of(lake.read_pairs(index, COUNTED)))
         else:
-            begin = (index - first_shard) * config.shard_rows
-            rows = places[begin : begin + config.shard_rows].tolist()
-            changed = {str(i): changes[row] for i, row in enumerate(rows) if row in changes}
-            todo.append({"shard": index, "pieces": pieces, "changes": changed})
+            todo.append({"shard": index, "pieces": pieces, "changes": changed, "made_of": made_of})
     progress = Progress("ingest: writing", len(plan), "shards")
     progress.advance(len(plan) - len(todo))
     for _, counts in workers.run(todo, write_shard, lake, ingest_id, dict(kept), lease, few=FEW_SHARDS, threads=True):
         _count(done, counts)
         progress.advance(1)
-    rejected = [_conflict_row(conflict) for conflict in verdicts.conflicts] if done.contradictions else []
-    _write_rejects(lake, ingest_id, staged, rejected)
+    conflicts = verdicts.conflicts if done.contradictions else []
+    _write_rejects(lake, ingest_id, staged, conflicts, {manifest["ingest_id"] for manifest in earlier.manifests})
     lake.storage.write_table(index_name(ingest_id), _final_index(files, verdicts, split_N))
     return done
 
@@ -163,11 +181,12 @@ class StagedFiles:
 
     def rows(self, places: Sequence[int]) -> Iterator[dict[str, Any]]:
         """Rows without their pictures; ``places`` ascend, and ``split`` is what the source gave."""
-        owners = np.searchsorted(self._first, places, side="right") - 1
-        for file in np.unique(owners).tolist():
+        place_K = np.array(places, np.int64)
+        owner_K = np.searchsorted(self._first, place_K, side="right") - 1
+        for run in np.split(place_K, np.flatnonzero(np.diff(owner_K)) + 1) if len(place_K) else ():
+            file = int(np.searchsorted(self._first, run[0], side="right")) - 1
             table = self._lake.storage.read_table(self.files[file][0], self._columns)
-            inside = np.array(places)[owners == file] - self._first[file]
-            for row in table.take(inside).to_pylist():
+            for row in table.take(run - self._first[file]).to_pylist():
                 yield {**row, "split": row["mmkd_split"]}
 
 
@@ -246,8 +265,7 @@ def _changes(files: StagedFiles, verdicts: Verdicts, split_N: np.ndarray) -> dic
     for conflict in verdicts.conflicts:
         if verdicts.keep_N[conflict.row]:
             found = conflict.found
-            more = files.index.row_N[conflict.row].hex()
-            name = sample_id(found["source_key"], found["sha256"], found["captions"], more)
+            name = another_id(found["sample_id"], files.index.row_N[conflict.row])
             changes.setdefault(conflict.row, {})["sample_id"] = name
     return changes
 
@@ -265,7 +283,6 @@ def _conflict_row(conflict: Conflict) -> dict[str, Any]:
         reason_of(conflict),
         detail,
         found["sha256"],
-        kept["sample_id"],
     )
 
 
@@ -321,10 +338,9 @@ def write_shard(
         values = [by_row.get(row, value) for row, value in enumerate(shard[name].to_pylist())]
         place = schema.get_field_index(name)
         shard = shard.set_column(place, schema.field(place), pa.array(values, schema.field(place).type))
+    metadata = {OWNER: ingest_id, MADE_OF: item["made_of"], CONTENT: content_hash(shard)}
     insist_on_lease(lake, lease)
-    lake.storage.write_table(
-        f"pairs/{shard_name(item['shard'])}", shard, {OWNER: ingest_id, CONTENT: content_hash(shard)}
-    )
+    lake.storage.write_table(f"pairs/{shard_name(item['shard'])}", shard, metadata)
     return _counts_of(shard)
 
 
@@ -349,27 +365,44 @@ def finished_ingests(lake: Lake) -> list[dict[str, Any]]:
         return list(pool.map(lambda name: dict(lake.storage.read_json(f"ingests/{name}")), names))
 
 
-def _clear_place(lake: Lake, ingest_id: str, finished: list[dict[str, Any]], shards: int) -> tuple[int, dict[int, int]]:
+def _clear_place(lake: Lake, ingest_id: str, finished: list[dict[str, Any]], shards: int) -> tuple[int, dict[int, str]]:
     """Where this ingest's shards begin; shards that killed ingests left behind are removed.
 
     Returns:
-        The first free index, and index -> rows of the shards this same ingest wrote before it was killed.
+        The first free index, and index -> what it is made of, for shards this same ingest wrote before it was killed.
     """
+    taken, unclaimed = _unclaimed(lake, finished)
+    taken |= {index for index, footer in unclaimed.items() if OWNER not in footer}  # by hand: not ours to remove
+    first = max(taken, default=-1) + 1
+    ours = {index: footer.get(MADE_OF, "") for index, footer in unclaimed.items() if footer.get(OWNER) == ingest_id}
+    ours = {index: made_of for index, made_of in ours.items() if first <= index < first + shards}
+    for index in sorted(set(unclaimed) - taken - set(ours)):
+        logger.warning("ingest: removing shard %d, which an ingest that never finished left behind", index)
+        lake.storage.remove(f"pairs/{shard_name(index)}")
+    return first, ours
+
+
+def _unclaimed(lake: Lake, finished: list[dict[str, Any]]) -> tuple[set[int], dict[int, dict[str, str]]]:
+    """Shards that finished ingests claim, and the footers of the others that are there."""
     taken = {
         index for other in finished for index in range(other["first_shard"], other["first_shard"] + other["shards"])
     }
     unsure = [index for index in lake.files("pairs") if index not in taken]
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        footers = pool.map(lambda index: lake.storage.read_metadata(f"pairs/{shard_name(index)}"), unsure)
-        owners = {index: (rows, found.get(OWNER)) for index, (rows, found) in zip(unsure, footers, strict=True)}
-    taken |= {index for index, (_, owner) in owners.items() if owner is None}  # written by hand: not ours to remove
-    first = max(taken, default=-1) + 1
-    ours = {index: rows for index, (rows, owner) in owners.items() if owner == ingest_id}
-    ours = {index: rows for index, rows in ours.items() if first <= index < first + shards}
-    for index in sorted(set(owners) - taken - set(ours)):
-        logger.warning("ingest: removing shard %d, which an ingest that never finished left behind", index)
-        lake.storage.remove(f"pairs/{shard_name(index)}")
-    return first, ours
+        footers = pool.map(lambda index: lake.storage.read_metadata(f"pairs/{shard_name(index)}")[1], unsure)
+        return taken, dict(zip(unsure, footers, strict=True))
+
+
+def withdraw(lake: Lake, ingest_id: str) -> None:
+    """Take away all that an ingest wrote which cannot be finished: staged files last, for they hide its shards."""
+    _, unclaimed = _unclaimed(lake, finished_ingests(lake))
+    for index, footer in unclaimed.items():
+        if footer.get(OWNER) == ingest_id:
+            lake.storage.remove(f"pairs/{shard_name(index)}")
+    for name in lake.storage.list_files(INGEST_REJECTS):
+        if name.startswith(f"{ingest_id}-"):
+            lake.storage.remove(f"{INGEST_REJECTS}/{name}")
+    lake.storage.remove(staging_folder(ingest_id))
 
 
 COUNTED = ["modality", "split", "captions"]
@@ -390,14 +423,28 @@ def _count(done: Committed, counts: dict[str, dict[str, int]]) -> None:
     done.without_captions += counts["captions"]["none"]
 
 
-def _write_rejects(lake: Lake, ingest_id: str, staged: Iterable[StagedPart], more: list[dict[str, Any]]) -> None:
-    """Gather the parts' rejects, in source order, and further ones into few files below ``rejects/ingest/``."""
+def _write_rejects(
+    lake: Lake, ingest_id: str, staged: Iterable[StagedPart], conflicts: list[Conflict], finished: set[str]
+) -> None:
+    """Gather the parts' rejects, in source order, and contradictions into few files below ``rejects/ingest/``.
+
+    What this ingest, or one that never finished, left there before is removed.
+    """
     names = [rejects_name(ingest_id, index) for index, part in enumerate(staged) if part.rejected]
-    tables = itertools.chain(
-        map(lake.storage.read_table, names), [pa.Table.from_pylist(more, schema=REJECTS)] if more else []
-    )
-    for number, table in enumerate(_merged(tables)):
+    written = set()
+    for number, table in enumerate(_merged(itertools.chain(map(lake.storage.read_table, names), _tables(conflicts)))):
+        written.add(f"{ingest_id}-{number:06d}.parquet")
         lake.storage.write_table(f"{INGEST_REJECTS}/{ingest_id}-{number:06d}.parquet", table.cast(REJECTS))
+    for name in lake.storage.list_files(INGEST_REJECTS):
+        found = REJECTS_NAME.match(name)  # others were written by hand
+        if found and name not in written and found[1] not in finished:
+            lake.storage.remove(f"{INGEST_REJECTS}/{name}")
+
+
+def _tables(conflicts: list[Conflict]) -> Iterator[pa.Table]:
+    for begin in range(0, len(conflicts), REJECTS_PER_FILE):
+        rows = [_conflict_row(conflict) for conflict in conflicts[begin : begin + REJECTS_PER_FILE]]
+        yield pa.Table.from_pylist(rows, schema=REJECTS)
 
 
 def _merged(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

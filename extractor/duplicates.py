@@ -6,7 +6,8 @@ the labels of both. Otherwise they contradict each other, and the later one is r
 the names of the columns. Rows of earlier ingests come first; their shards are never rewritten, so that new labels for
 them are contradictions, too.
 
-The driver has some fifty bytes in memory for each row. Texts are read only of rows that are of the same pair.
+The driver has some fifty bytes in memory for each row, and about a kilobyte for each that is of the same pair as
+another without being its exact duplicate.
 """
 
 from __future__ import annotations
@@ -218,7 +219,7 @@ def settle_splits(staged: Index, drawn_N: np.ndarray, keep_N: np.ndarray, lake: 
         lake: The pairs of earlier ingests; ``split_N`` is where they are.
 
     Returns:
-        int8 [N], where the rows are; and how many groups are in several splits because sources say so.
+        int8 [N], where the rows are; and how many groups of this ingest are in several splits because a source says so.
     """
     says_N = keep_N & (staged.group_N > 0) & (staged.split_N > 0)
     in_lake = lake.group_N > 0
@@ -228,7 +229,8 @@ def settle_splits(staged: Index, drawn_N: np.ndarray, keep_N: np.ndarray, lake: 
     if not len(known):
         return drawn_N, 0
     several = np.unique(np.stack([group_M, split_M.astype(np.uint64)]), axis=1)
-    straddling = int((np.unique(several[0], return_counts=True)[1] > 1).sum())
+    groups, splits = np.unique(several[0], return_counts=True)
+    straddling = int(np.isin(groups[splits > 1], staged.group_N[says_N]).sum())
     open_rows = np.flatnonzero(keep_N & (staged.group_N > 0) & (staged.split_N == 0))
     place = np.minimum(np.searchsorted(known, staged.group_N[open_rows]), len(known) - 1)
     is_known = known[place] == staged.group_N[open_rows]

@@ -50,6 +50,7 @@ from extractor.partitions import claim_teacher, plan_todo
 from extractor.prepare import fixed_rows
 from extractor.sink import record_valid, survey_pairs, write_features
 from extractor.sources.addresses import base_name, short_name
+from extractor.sources.columns import kept_kinds
 from extractor.sources.lines import open_lines
 from extractor.sources.mmkd_features import KIND, parse_line, row_key
 from extractor.tasks import Workers
@@ -157,7 +158,7 @@ def import_features(
     teachers = [replace(found, precision=precision) for found in find_teachers(table, version)]
     catalog = read_catalog()
     specs = {teacher.partition: _spec_of(teacher, catalog) for teacher in teachers}
-    created = create_lake(lake_uri, config.shard_rows)
+    created = create_lake(lake_uri, config.shard_rows, kept_kinds(config))
     accepted = check_terms(created, [spec for spec in specs.values() if spec is not None], accept_terms)
     with Workers(session) as workers:
         report = ImportReport(

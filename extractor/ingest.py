@@ -25,16 +25,16 @@ from typing import Any
 
 from common.config import fingerprint
 from common.errors import SourceError
-from common.lake import Lake, create_lake, now, run_name
+from common.lake import Lake, create_lake, now, open_lake, run_name
 from common.lease import Lease, hold
 from common.logs import Progress, duration, logger
 from common.schemas import SCHEMA_VERSION
-from common.storage import address_within
+from common.storage import absolute_address, address_within
 from common.storage_errors import without_secrets
-from extractor.commit import Committed, commit, insist_on_lease, manifest_name
+from extractor.commit import Committed, commit, insist_on_lease, manifest_name, withdraw
 from extractor.config import FetchConfig, IngestConfig
 from extractor.duplicates import CONTRADICTS
-from extractor.retrying import find_rejects, strike_out
+from extractor.retrying import Retry, find_rejects, finish, finish_killed, note_read
 from extractor.sources import plan_sources
 from extractor.sources.addresses import identity_of
 from extractor.sources.record import NOT_REACHABLE, Part
@@ -105,45 +105,68 @@ def ingest(
     started = time.monotonic()
     sources = [source] if isinstance(source, str) else list(source)
     parts = plan_sources(sources, config)
+    if not parts:
+        raise SourceError(f"{', '.join(map(without_secrets, sources))} hold not one row. Check that they are complete.")
     identity = describe(parts, config)
     kept = kept_by_all(parts)
+    if retry_rejects:
+        open_lake(lake_uri, need_pairs=False)  # a mistyped address would be a new lake
     lake = create_lake(lake_uri, config.shard_rows, kept)
-    retry = find_rejects(lake, parts) if retry_rejects else None
-    if retry is not None:
-        parts, identity = retry.parts, {**identity, "retry": retry.identity}
-        logger.info("ingest: %d rows of these sources are in the ledger, and are tried again", len(retry.rows))
-    ingest_id = fingerprint(identity)
-    earlier = IngestReport(ingest_id, already_done=True) if not parts else find_earlier(lake, ingest_id)
+    is_unfinished = fingerprint(identity) in lake.storage.list_folders("ingest")
+    earlier = None if retry_rejects or is_unfinished else find_earlier(lake, fingerprint(identity))
     if earlier is not None:
-        if retry is not None:  # in case it was killed behind its last step but this
-            strike_out(lake, retry.rows, ingest_id)
         return earlier
     with hold(lake.storage, LEASE, run_name("ingest"), config.lease_seconds) as lease:
+        create_lake(lake_uri, config.shard_rows, kept, settle=True)
+        finish_killed(lake)
+        retry = find_rejects(lake, parts) if retry_rejects else None
+        if retry is not None:
+            parts, identity = retry.parts, {**identity, "retry": retry.identity}
+            logger.info("ingest: %d rows of these sources are in the ledger, and are tried again", retry.rows.total())
+        ingest_id = fingerprint(identity)
+        if not parts:
+            return IngestReport(ingest_id, already_done=True)
         earlier = find_earlier(lake, ingest_id)  # once more: another may have done it while this one waited
         if earlier is not None:
             return earlier
-        with Workers(session) as workers:
-            staged = stage(lake, ingest_id, parts, config, workers, lease)
-            if retry is None:
-                insist_on_pairs(lake, ingest_id, sources, staged)
-            insist_on_reach(sources, staged, config.fetch)
-            try:
-                committed = commit(lake, ingest_id, staged, config, kept, workers, lease)
-            except SourceError:  # the mended source will be another
-                lake.storage.remove(staging_folder(ingest_id))
-                raise
-        report = summarise(ingest_id, staged, committed)
-        report.retried = len(retry.rows) if retry is not None else 0
+        report = _take_in(lake, ingest_id, parts, config, kept, sources, Workers(session), lease, retry)
         report.seconds = time.monotonic() - started
         # Relative to the lake where they lie in it, as the demo's: lakes are moved.
-        where = [without_secrets(address_within(uri, lake_uri)) for uri in sources]
+        where = [without_secrets(address_within(absolute_address(uri), lake_uri)) for uri in sources]
         record = {**vars(report), "sources": where, "fingerprint": identity}
         insist_on_lease(lake, lease)
         lake.storage.write_json(manifest_name(ingest_id), {**record, "created_at": now()})
-        if retry is not None:
-            strike_out(lake, retry.rows, ingest_id)
-        lake.storage.remove(staging_folder(ingest_id))
+        finish(lake, ingest_id)
     log_report(report)
+    return report
+
+
+def _take_in(
+    lake: Lake,
+    ingest_id: str,
+    parts: list[Part],
+    config: IngestConfig,
+    kept: dict[str, str],
+    sources: list[str],
+    workers: Workers,
+    lease: Lease,
+    retry: Retry | None,
+) -> IngestReport:
+    """Stage and commit; only the manifest is missing then."""
+    with workers:
+        staged = stage(lake, ingest_id, parts, config, workers, lease, retry is not None)
+        if retry is None:
+            insist_on_pairs(lake, ingest_id, sources, staged)
+            insist_on_reach(sources, staged, config.fetch)
+            say_empty_columns(kept, staged)
+        retried = 0 if retry is None else note_read(lake, ingest_id, staged, retry)
+        try:
+            committed = commit(lake, ingest_id, staged, config, kept, workers, lease)
+        except SourceError:  # the mended source will be another
+            withdraw(lake, ingest_id)
+            raise
+    report = summarise(ingest_id, staged, committed)
+    report.retried = retried
     return report
 
 
@@ -189,12 +212,11 @@ def _settings_of(config: IngestConfig) -> dict[str, Any]:
 
 
 def find_earlier(lake: Lake, ingest_id: str) -> IngestReport | None:
-    """The report of this very ingest if it is in the lake; what it left of its staged files is removed."""
+    """The report of this very ingest if it is in the lake."""
     try:
         found = lake.storage.read_json(manifest_name(ingest_id))
     except FileNotFoundError:
         return None
-    lake.storage.remove(staging_folder(ingest_id))
     names = IngestReport.__dataclass_fields__
     report = IngestReport(**{name: value for name, value in found.items() if name in names})
     report.reasons, report.modalities, report.splits = map(Counter, (report.reasons, report.modalities, report.splits))
@@ -208,7 +230,13 @@ def find_earlier(lake: Lake, ingest_id: str) -> IngestReport | None:
 
 
 def stage(
-    lake: Lake, ingest_id: str, parts: list[Part], config: IngestConfig, workers: Workers, lease: Lease
+    lake: Lake,
+    ingest_id: str,
+    parts: list[Part],
+    config: IngestConfig,
+    workers: Workers,
+    lease: Lease,
+    is_retry: bool = False,
 ) -> list[StagedPart]:
     """Stage the parts that are not staged yet; returns what all parts hold, in order."""
     names = set(lake.storage.list_files(staging_folder(ingest_id), ".json"))
@@ -216,8 +244,8 @@ def stage(
     with ThreadPoolExecutor(READ_THREADS) as pool:
         found = pool.map(lambda index: StagedPart.load(lake, ingest_id, index), there)
         done = dict(zip(there, found, strict=True))
-    # Those that an outage fell on are read anew.
-    done = {index: part for index, part in done.items() if not is_cut_off([part], config.fetch)}
+    # Those that an outage fell on are read anew. In a retry, most links may well be as dead as before.
+    done = {index: part for index, part in done.items() if is_retry or not is_cut_off([part], config.fetch)}
     if done:
         logger.info("ingest: going on after %d of %d parts", len(done), len(parts))
     todo = [index for index in range(len(parts)) if index not in done]
@@ -256,13 +284,23 @@ def insist_on_pairs(lake: Lake, ingest_id: str, sources: list[str], staged: list
             row = lake.storage.read_table(rejects_name(ingest_id, index)).slice(0, 1).to_pylist()[0]
             example = f" The first: {row['source_key']}: {row['reason']} ({row['detail']})."
             break
-    lake.storage.remove(staging_folder(ingest_id))
+    withdraw(lake, ingest_id)
     listing = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(5)) or "none"
     raise SourceError(
         f"{', '.join(map(without_secrets, sources))} gives not one usable pair: {total} rows read, {filtered} filtered "
         f"out, {sum(reasons.values())} rejected ({listing}).{example} Check the image paths (relative to the table's "
         "folder), the column names (--image-column, --caption-column), and the filters."
     )
+
+
+def say_empty_columns(kept: dict[str, str], staged: list[StagedPart]) -> None:
+    """Warn of columns to keep that no row has: in tars, only the rows show whether there is such a column."""
+    seen = {name for part in staged for name in part.kept}
+    if empty := [name for name in kept if name not in seen]:
+        logger.warning(
+            "ingest: no row has a value in %s, which --keep-columns names; is that how the source calls it?",
+            ", ".join(map(repr, empty)),
+        )
 
 
 def is_cut_off(staged: list[StagedPart], config: FetchConfig) -> bool:
@@ -343,6 +381,7 @@ def log_report(report: IngestReport) -> None:
         )
     if report.straddling:
         logger.warning(
-            "ingest: %d groups are in several splits, because the sources' own split columns put them there",
+            "ingest: %d groups are in several splits, because a source's own split column puts rows elsewhere than "
+            "others of their group are",
             report.straddling,
         )

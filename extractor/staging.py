@@ -53,6 +53,8 @@ class StagedPart:
     """Rows of each staged file, in order."""
     rejected: int = 0
     filtered: int = 0
+    kept: list[str] = field(default_factory=list)
+    """The columns to keep of which some row has a value."""
     reasons: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -127,6 +129,7 @@ def stage_part(lake: Lake, ingest_id: str, index: int, part: Part, config: Inges
         row, is_pair = judge(record, part, config, decoder)
         if is_pair:
             pairs.append(row)
+            done.kept += [name for name in part.kept if name not in done.kept and row[name] is not None]
             size += len(row["image"])
             if len(pairs) >= FILE_ROWS or size >= FILE_BYTES:
                 flush()
@@ -215,11 +218,10 @@ def reject_row(
     reason: str,
     detail: str,
     sha256: str | None,
-    sample: str | None = None,
 ) -> dict[str, Any]:
     """A row of ``REJECTS`` that ingest writes."""
     return {
-        "sample_id": sample,
+        "sample_id": None,
         "source": source,
         "source_key": source_key,
         "source_id": source_id,
@@ -231,10 +233,14 @@ def reject_row(
     }
 
 
-def sample_id(source_key: str, sha256: str, captions: Iterable[str], more: str | None = None) -> str:
-    """A sample's name by ``common.lake.ID_RULE``; ``more`` tells apart what is alike by it and kept all the same."""
-    parts = (source_key, sha256, *captions, *(() if more is None else (more,)))
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+def sample_id(source_key: str, sha256: str, captions: Iterable[str]) -> str:
+    """A sample's name by ``common.lake.ID_RULE``."""
+    return hashlib.sha256("\0".join((source_key, sha256, *captions)).encode()).hexdigest()[:32]
+
+
+def another_id(name: str, row_digest: bytes) -> str:
+    """The name of a sample that is alike to another by the rule, and kept all the same."""
+    return hashlib.sha256(name.encode() + b"\0" + row_digest).hexdigest()[:32]
 
 
 def content_digest(sha256: str, captions: tuple[str, ...]) -> bytes:

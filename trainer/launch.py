@@ -77,8 +77,10 @@ def find_rows(lake: Lake, teachers: tuple[str, ...], selection: str | None, seed
     """
 
     def scan(shard: int) -> tuple[np.ndarray, np.ndarray, str, np.ndarray]:
-        pairs = lake.read_pairs(shard, ["sample_id", "captions", "split"])
-        split, has_caption = pairs["split"].to_numpy(), captioned(pairs["captions"])
+        texts = [] if shard in complete else ["captions"]
+        pairs = lake.read_pairs(shard, ["sample_id", *texts, "split"])
+        split = pairs["split"].to_numpy()
+        has_caption = captioned(pairs["captions"]) if texts else np.ones(len(split), bool)
         left_out = np.array([((split == name) & ~has_caption).sum() for name in ("train", "val")])
         wanted = (split == "train") & has_caption
         if teachers:
@@ -88,7 +90,7 @@ def find_rows(lake: Lake, teachers: tuple[str, ...], selection: str | None, seed
         identity = fingerprint([pairs["sample_id"].to_pylist(), rows.tolist()])
         return rows, np.flatnonzero((split == "val") & has_caption), identity, left_out
 
-    shards = lake.shards()
+    shards, complete = lake.shards(), lake.captioned_shards()
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(scan, shards))
     validation = [(shard << 32) + rows for shard, (_, rows, _, _) in zip(shards, found, strict=True)]

@@ -55,9 +55,16 @@ class SourceFile(NamedTuple):
 
     @property
     def folders(self) -> dict[str, str]:
-        """Keys and values of the folders between (``split=test/``), as Hive writes them."""
-        pairs = (part.partition("=") for part in self.name.split("/")[:-1])
-        return {key: unquote(value) for key, mark, value in pairs if key and mark and value != _HIVE_NULL}
+        """Keys and values of the folders between (``split=test/``), as Hive writes them.
+
+        Raises:
+            SourceError: One key has two values.
+        """
+        found: dict[str, str] = {}
+        for key, mark, value in (part.partition("=") for part in self.name.split("/")[:-1]):
+            if key and mark and value != _HIVE_NULL and found.setdefault(key, unquote(value)) != unquote(value):
+                raise SourceError(f"The folders of {without_secrets(self.uri)} give {key} two values. Rename one.")
+        return found
 
 
 def base_name(uri: str) -> str:
@@ -110,7 +117,8 @@ def find_files(source: str, kind: str) -> list[SourceFile]:
     if whole.exists():
         if whole.fs.isdir(whole.path()):
             return _files_below(source, kind)
-        return [SourceFile(absolute_address(source), base_name(source))]
+        address = absolute_address(source)
+        return [SourceFile(address, _below(_root_of(unsigned(address).rpartition("/")[0]), unsigned(address)))]
     found: list[SourceFile] = []
     for name in expand_braces(source):
         # The question mark of a URL begins its query.
@@ -121,8 +129,12 @@ def find_files(source: str, kind: str) -> list[SourceFile]:
                 raise SourceError(
                     f"No file matches {without_secrets(name)}. Check the pattern, and quote it so the shell leaves it."
                 )
-            root = re.split(r"[*?\[]", storage.path())[0].rpartition("/")[0]
-            found += [SourceFile(_address(storage, path), _below(root, path)) for path in matches]
+            root = _root_of(re.split(r"[*?\[]", storage.path())[0].rpartition("/")[0])
+            for path in matches:
+                if storage.fs.isdir(path):
+                    found += _files_below(_address(storage, path), kind)
+                else:
+                    found.append(SourceFile(_address(storage, path), _below(root, path)))
         elif not Storage(name).exists():
             raise SourceError(
                 f"There is nothing at {without_secrets(name)}"
@@ -131,10 +143,17 @@ def find_files(source: str, kind: str) -> list[SourceFile]:
                 "on a cluster, a local path must be visible to every machine."
             )
         else:
-            root = absolute_address(source.partition("{")[0].rpartition("/")[0] or ".")
+            root = _root_of(absolute_address(source.partition("{")[0].rpartition("/")[0] or "."))
             address = absolute_address(name)
             found.append(SourceFile(address, _below(root, unsigned(address))))
     return found
+
+
+def _root_of(folder: str) -> str:
+    """A folder without the ``key=value`` at its end, which say something of the files in it."""
+    while "=" in folder.rpartition("/")[2]:
+        folder = folder.rpartition("/")[0]
+    return folder
 
 
 def _below(root: str, path: str) -> str:
@@ -179,7 +198,7 @@ def _files_below(folder: str, kind: str) -> list[SourceFile]:
             *(without_secrets(folder), len(files), others.total()),
             ", ".join(f"{ending} {count}" for ending, count in others.most_common(8)),
         )
-    return [SourceFile(_address(storage, path), _below(storage.path(), path)) for path in files]
+    return [SourceFile(_address(storage, path), _below(_root_of(storage.path()), path)) for path in files]
 
 
 def _address(storage: Storage, path: str) -> str:

@@ -24,6 +24,7 @@ from extractor.sources.record import (
     Row,
     RowFaultError,
     clean_captions,
+    clean_name,
     clean_text,
     decode_text,
     decode_utf8,
@@ -98,11 +99,17 @@ def row_key(row: dict[str, Any]) -> str | None:
 def _record(row: dict[str, Any], key: str, number: int, part: Part, config: IngestConfig, pictures: Pictures) -> Record:
     if row_key(row) is None:
         raise RowFaultError("malformed line", "no JSON object with plain names for id and folderid")
-    metadata = _metadata(row, part, pictures)
+    metadata = {**_metadata(row, part, pictures), **row}
     primary, secondary = (texts(metadata.get(f"image_{which}_label")) for which in ("primary", "secondary"))
     license_name = clean_text(metadata.get("article_license"))
     if not is_kept((*primary, *secondary), clean_text(metadata.get("image_panel_type")), license_name, config):
         return Record(key, filtered=True)
+    named = {}
+    for what in ("id", "group"):
+        column: str | None = getattr(config.columns, what)
+        named[what] = None if column is None else clean_name(metadata.get(column), f"the {what}")
+        if column is not None and named[what] is None:
+            raise RowFaultError(f"no {what}", f"neither the row nor its article has {column!r}")
     captions = clean_captions(row.get("txt"))
     path = clean_text(row.get("imgpath"))
     if path is None:
@@ -114,9 +121,11 @@ def _record(row: dict[str, Any], key: str, number: int, part: Part, config: Inge
         captions,
         modality=modality_of(primary, secondary),
         dataset=config.dataset,
+        group_id=named["group"],
+        source_id=named["id"],
         license=license_name,
         row=number,
-        kept=kept_cells(row, part.kept),
+        kept=kept_cells(metadata, part.kept),
     )
 
 

@@ -80,8 +80,8 @@ def read(part: Part, config: IngestConfig) -> Iterator[Row]:
             for row in _rows(batch):
                 if not part.wants(number + 1):
                     pass
-                elif row is None:
-                    detail = f"row {number + 1}: not UTF-8 text"
+                elif isinstance(row, str):
+                    detail = f"row {number + 1}: {row}"
                     yield Record(f"{part.name}/#{number}", row=number + 1, reason="malformed row", detail=detail)
                 else:
                     yield record_of(row, part, number, config, pictures)
@@ -111,11 +111,11 @@ def _kept_kinds(schema: pa.Schema, config: IngestConfig, uri: str) -> dict[str, 
     return kept
 
 
-def _rows(batch: pa.RecordBatch) -> list[dict[str, Any] | None]:
-    """The rows of a batch; None for one with a text that is not UTF-8, which the format demands and nobody checks."""
+def _rows(batch: pa.RecordBatch) -> list[dict[str, Any] | str]:
+    """The rows of a batch; what is wrong in place of one that holds a text that is not UTF-8, or a year past 9999."""
     try:
         return list(batch.to_pylist())
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, OverflowError, ValueError) as error:
         if batch.num_rows == 1:
-            return [None]
+            return ["not UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"a cell cannot be read ({error})"]
     return [row for index in range(batch.num_rows) for row in _rows(batch.slice(index, 1))]

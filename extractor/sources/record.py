@@ -11,6 +11,7 @@ from decimal import Decimal
 from functools import cached_property
 from typing import Any
 
+from common.storage_errors import unsigned
 from extractor.config import IngestConfig
 
 MAX_CAPTION_CHARS = 100_000
@@ -172,6 +173,25 @@ def decode_utf8(data: bytes) -> str:
     return text
 
 
+def is_empty(value: Any) -> bool:
+    """Whether a cell holds nothing; NaN is how pandas writes that."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def clean_name(value: Any, what: str) -> str | None:
+    """A cell that names a row or a group, as text: the same whatever type its column has, and without what signs.
+
+    pandas makes 7.0 of the 7 in a column that lacks a value.
+
+    Raises:
+        RowFaultError: See :func:`clean_text`.
+    """
+    if isinstance(value, float | Decimal) and value == value and value == int(value):
+        value = int(value)
+    text = clean_text(value, what)
+    return unsigned(text) if text and "://" in text else text
+
+
 def clean_text(value: Any, what: str = "the cell") -> str | None:
     """A cell as text that any Arrow reader accepts, without surrounding space; None for nothing.
 
@@ -182,7 +202,7 @@ def clean_text(value: Any, what: str = "the cell") -> str | None:
     """
     if isinstance(value, bytes):
         value = decode_text(value)
-    if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN is how pandas writes an empty cell
+    if is_empty(value):
         return None
     if isinstance(value, bool):
         value = str(value).lower()

@@ -40,10 +40,12 @@ from extractor.sources.record import (
     RowFaultError,
     clean_captions,
     clean_labels,
+    clean_name,
     clean_split,
     clean_text,
     clean_texts,
     decode_text,
+    is_empty,
     is_kept,
 )
 
@@ -312,12 +314,14 @@ def _record(source_key: str, row: int, members: Members, part: Part, config: Ing
     for content in members.values():
         if isinstance(content, RowFaultError):
             raise content
-    metadata = {**part.folders, **_metadata(members.get("json"))}
+    metadata = _metadata(members.get("json"))
+    metadata |= {name: value for name, value in part.folders.items() if is_empty(metadata.get(name))}
     primary, secondary = (texts(metadata.get(f"image_{which}_label")) for which in ("primary", "secondary"))
     panel = clean_text(metadata.get("image_panel_type"), "image_panel_type")
-    license_name, dataset, group_id, source_id = (
-        clean_text(_lookup(metadata, what, config), f"the {what}") for what in ("license", "dataset", "group", "id")
+    license_name, dataset = (
+        clean_text(_lookup(metadata, what, config), f"the {what}") for what in ("license", "dataset")
     )
+    group_id, source_id = (clean_name(_lookup(metadata, what, config), f"the {what}") for what in ("group", "id"))
     for what, found in (("group", group_id), ("id", source_id)):
         if found is None and getattr(config.columns, what) is not None:
             raise RowFaultError(f"no {what}", f"the .json has no {getattr(config.columns, what)!r}")

@@ -1,7 +1,9 @@
 """What a source's columns become: identity, labels, sets, folders' names, and columns that are kept as they are."""
 
 import datetime
+import io
 import json
+import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -160,7 +162,7 @@ def test_columns_that_share_a_name_are_refused(folder):
         read(folder / "p.parquet")
 
 
-@pytest.mark.parametrize("asked", ["image", "age:integer", "", "mmkd_row", "split"])
+@pytest.mark.parametrize("asked", ["image", "age:integer", "", "mmkd_row", "split", "Split"])
 def test_columns_that_cannot_be_kept_are_refused_with_the_settings(asked):
     with pytest.raises(ValidationError):
         IngestConfig(keep_columns=(asked,))
@@ -169,7 +171,9 @@ def test_columns_that_cannot_be_kept_are_refused_with_the_settings(asked):
 def test_names_with_colons_and_cells_of_every_type():
     assert parse_kept(("a:b:string", "c:float64", "d")) == {"a:b": "string", "c": "float64", "d": None}
     with pytest.raises(ValueError, match="named twice"):
-        parse_kept(("d", "d:bool"))
+        parse_kept(("d", "D:bool"))
+    with pytest.raises(ValueError, match="time of day"):
+        kept_value(datetime.datetime(2024, 1, 2, 3), "date")
     good = {"string": [3, "3"], "int64": ["-7", -7], "float64": ["1e3", 1000.0], "bool": ["No", False]}
     good |= {"date": ["2024-01-02", datetime.date(2024, 1, 2)]}
     good |= {"timestamp": ["2024-01-02T03:04:05+01:00", datetime.datetime(2024, 1, 2, 2, 4, 5)]}
@@ -179,3 +183,62 @@ def test_names_with_colons_and_cells_of_every_type():
     for kind, cell in {"int64": "7.5", "float64": "x", "bool": "maybe", "date": 3, "timestamp": "noon"}.items():
         with pytest.raises((ValueError, TypeError)):
             kept_value(cell, kind)
+
+
+def test_folders_that_are_named_directly_or_by_a_pattern_say_something_too(folder):
+    for split in ("train", "test"):
+        write(folder / f"d/split={split}/p.jsonl", {"image": str(folder / "2.jpg"), "caption": split})
+    for sources in ([folder / "d/split=train", folder / "d/split=test"], [folder / "d/split=*"]):
+        parts = plan_sources([str(source) for source in sources], IngestConfig())
+        records = [record for part in parts for record in read_part(part, IngestConfig())]
+        assert {(record.captions, record.split) for record in records} == {(("train",), "train"), (("test",), "test")}
+    (record,) = read(folder / "d/split=test/p.jsonl")
+    assert record.split == "test"
+    empty = write(folder / "d/split=val/q.jsonl", {"image": str(folder / "2.jpg"), "caption": "c", "split": None})
+    assert read(empty)[0].split == "val", "an empty cell says nothing against its folder"
+    twice = write(folder / "d/split=val/x/split=test/r.jsonl", {"image": "2.jpg", "caption": "c"})
+    with pytest.raises(SourceError, match="give split two values"):
+        read(folder / "d/split=val")
+    assert twice.exists()
+
+
+def test_addresses_give_away_nothing_that_lets_their_bearer_in(folder):
+    url = "http://127.0.0.1:9/a.png"
+    queries = ["?api_key=CANARY", "?key=CANARY", "?jwt=CANARY", "?whatever=CANARY", "?id=5&x=CANARY", "#t=CANARY"]
+    rows = [{"url": url + query, "uid": url + query, "caption": "c"} for query in queries]
+    config = {"columns": {"id": "uid"}, "fetch": {"seconds": 1, "retries": 0}}
+    found = read(write(folder / "p.jsonl", *rows[:3]), **config)
+    assert "CANARY" not in str([(record.source_key, record.source_id, record.detail) for record in found])
+    keys = [record.source_key for record in read(write(folder / "q.jsonl", *rows[3:]), **config)]
+    assert "CANARY" not in str(keys)
+    assert len({key for key in keys if "?" in key}) == 2, "they tell pictures apart all the same"
+
+
+def test_a_cell_that_python_cannot_hold_is_a_reject(folder):
+    days = pa.array([19000, 10_000_000], pa.int32()).cast(pa.date32())
+    pq.write_table(pa.table({"image": [draw_jpeg(1)] * 2, "caption": ["a", "b"], "day": days}), folder / "p.parquet")
+    assert [record.reason for record in read(folder / "p.parquet", keep_columns=("day",))] == [None, "malformed row"]
+
+
+def test_a_table_without_rows_is_an_error_and_fixes_nothing(folder):
+    (folder / "empty.csv").write_text("image,caption,age\n")
+    with pytest.raises(SourceError, match="not one row"):
+        ingest(str(folder / "empty.csv"), str(folder / "lake"), IngestConfig())
+    assert not (folder / "lake").exists()
+    bad = write(folder / "bad.jsonl", {"image": "absent.jpg", "caption": "c", "age": 4})
+    with pytest.raises(SourceError, match="not one usable pair"):
+        ingest(str(bad), str(folder / "lake"), IngestConfig(keep_columns=("age",)))
+    good = write(folder / "good.jsonl", {"image": "2.jpg", "caption": "c", "age": 4})
+    assert ingest(str(good), str(folder / "lake"), IngestConfig(keep_columns=("age:int64",))).pairs == 1
+    assert open_lake(str(folder / "lake")).read_pairs(0)["age"].to_pylist() == [4]
+
+
+def test_a_column_to_keep_that_no_sample_has_is_told(tmp_path, caplog):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (("1.jpg", draw_jpeg(1)), ("1.json", b'{"caption": "c", "age": 4}')):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    with caplog.at_level("WARNING", "mmkd"):
+        ingest(str(tmp_path / "a.tar"), str(tmp_path / "lake"), IngestConfig(keep_columns=("agge:int64", "age:int64")))
+    assert "no row has a value in 'agge'" in caplog.text

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -69,10 +70,10 @@ def test_reported_rows_that_say_more_than_the_lake_are_contradictions(shared_dat
     assert (report.input, *account(report)) == (6, 0, 6, 0, 0)
     assert report.reasons == {"contradicts another row: split, modality, labels": 6}
     assert pairs_of(folder) == before
-    assert [(row["row"], row["sample_id"]) for row in rejects_of(folder)] == [
-        (place, pair["sample_id"]) for place, pair in enumerate(before, 1)
-    ]
-    assert "split is 'test', not None; modality is 'radiograph', not None" in rejects_of(folder)[0]["detail"]
+    assert [(row["row"], row["sample_id"]) for row in rejects_of(folder)] == [(place, None) for place in range(1, 7)]
+    detail = rejects_of(folder)[0]["detail"]
+    assert f"(sample {before[0]['sample_id']})" in detail
+    assert "split is 'test', not None; modality is 'radiograph', not None" in detail
 
 
 @pytest.mark.parametrize(
@@ -176,3 +177,95 @@ def test_an_index_comes_back_as_it_was_and_may_be_empty():
     table = pa.Table.from_pylist([dict(zip(INDEX.names, row, strict=True)) for row in rows], schema=INDEX)
     assert Index.of([table.slice(0, 1), table.slice(1)]).table().combine_chunks() == table
     assert Index.of([]).table() == INDEX.empty_table()
+
+
+def test_cells_that_are_no_number_are_equal_and_numbers_name_groups_whatever_their_type(folder):
+    (folder / "p.csv").write_text("image,caption,label,age\n" + "".join(f"i1.png,c,{x},nan\n" for x in "ab"))
+    settings = {"keep_columns": ("age:float64",)}
+    assert account(run(folder, str(folder / "p.csv"), "csv", **settings)) == (1, 0, 0, 1)
+    frames = [pa.table({"image": ["i0.png"], "caption": [c], "patient": pa.array([7], t)}) for c, t in TYPES]
+    for number, frame in enumerate(frames):
+        pq.write_table(frame, folder / f"{number}.parquet")
+        run(folder, str(folder / f"{number}.parquet"), "numbers", columns={"group": "patient", "id": None})
+    assert {row["group_id"] for row in pairs_of(folder, "numbers")} == {"7"}
+
+
+TYPES = [("a", pa.int64()), ("b", pa.float64()), ("c", pa.decimal128(5, 1))]
+
+
+def test_a_resumed_commit_does_not_keep_shards_of_other_rows(folder, monkeypatch):
+    """A part that an outage fell on is read anew, and all but the last shard have as many rows as before."""
+    import extractor.commit as commits
+
+    monkeypatch.setattr("extractor.ingest.FEW_UNREACHABLE", 1000)
+    monkeypatch.setattr("extractor.staging.FILE_ROWS", 3)
+    (folder / "s").mkdir()
+    table(folder, "s/a.jsonl", *({"image": f"{folder}/later{i}.png"} for i in range(4)))
+    table(folder, "s/b.jsonl", *({"image": f"{folder}/i{i}.png", "caption": f"{i}"} for i in range(6)))
+    # As if those of the first table had not been reachable: they are read anew when the ingest goes on.
+    monkeypatch.setattr(
+        "extractor.ingest.is_cut_off", lambda staged, config: staged[0].rejected > 0 and len(staged) == 1
+    )
+    write = commits.write_shard
+    written = []
+
+    def killed(item, *rest):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(item["shard"])
+        return write(item, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commits, "write_shard", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, str(folder / "s"))
+    assert written == [0, 1]
+    for i in range(4):
+        (folder / f"later{i}.png").write_bytes(png(100 + i))
+    report = run(folder, str(folder / "s"))
+    assert (report.input, *account(report)) == (10, 10, 0, 0, 0)
+    shas = [row["sha256"] for row in pairs_of(folder)]
+    assert len(shas) == len(set(shas)) == 10
+
+
+def test_an_ingest_that_cannot_be_finished_leaves_nothing_of_itself(folder, monkeypatch):
+    """Its shards would count as the lake's as soon as no staged files said that they do not."""
+    import extractor.commit as commits
+
+    rows = [{"image": f"i{i}.png", "uid": f"{i % 5}"} for i in range(6)]
+    source = table(folder, "p.jsonl", *rows, {"image": "absent.png", "uid": "x"})
+    with monkeypatch.context() as patch:  # as of a program that killed it before it looked at ids
+        patch.setattr(commits, "_refuse_twins", lambda *_: None)
+        patch.setattr(commits, "index_name", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, source, columns={"id": "uid"})
+    lake = open_lake(str(folder / "lake"), need_pairs=False)
+    assert lake.files("pairs")
+    assert lake.storage.list_files("rejects/ingest")
+    with pytest.raises(SourceError, match="names two rows"):
+        run(folder, source, columns={"id": "uid"})
+    assert lake.files("pairs") == lake.shards() == []
+    assert lake.storage.list_files("rejects/ingest") == []
+    assert not list((folder / "lake").glob("ingest/*"))
+
+
+def test_rejects_of_an_ingest_that_never_finished_leave_with_its_shards(folder, monkeypatch):
+    import extractor.commit as commits
+
+    source = table(folder, "p.jsonl", {"image": "i0.png"}, {"image": "absent.png"})
+    with monkeypatch.context() as patch:
+        patch.setattr(commits, "index_name", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, source)
+    assert len(rejects_of_any(folder)) == 1
+    assert run(folder, source, val_fraction=0.5).pairs == 1
+    assert len(rejects_of_any(folder)) == 1, "of the one that finished"
+
+
+def rejects_of_any(folder):
+    storage = open_lake(str(folder / "lake"), need_pairs=False).storage
+    return [
+        row
+        for name in storage.list_files("rejects/ingest")
+        for row in storage.read_table(f"rejects/ingest/{name}").to_pylist()
+    ]

@@ -6,10 +6,11 @@ import tarfile
 
 import pytest
 
+from common.errors import LakeError
 from common.lake import INGEST_REJECTS, open_lake
 from extractor.config import IngestConfig
 from extractor.ingest import ingest
-from extractor.retrying import find_rejects, strike_out
+from extractor.retrying import find_rejects
 from extractor.sources import plan_sources
 from tests.conftest import draw_jpeg
 
@@ -74,30 +75,84 @@ def test_what_is_retried_is_not_read_twice_and_counts_once(folder):
     (folder / "p.jsonl").write_text((folder / "p.jsonl").read_text().replace("no JSON\n", ""))
     assert run(folder, retry_rejects=True).pairs == 10
     nothing = run(folder, retry_rejects=True)
-    assert (nothing.already_done, nothing.input, ledger(folder)) == (True, 0, []), "a row that is gone is struck out"
+    assert ledger(folder) == [(41, "malformed line")], "of a row that is gone nobody can say that it is well"
+    assert nothing.input == 0
     assert sorted(captions(folder)) == sorted(f"c{index}" for index in range(40))
 
 
-def test_a_retry_that_was_killed_before_its_last_step_is_finished_by_the_next(folder, monkeypatch):
+def test_a_retry_that_was_killed_before_its_last_step_is_finished_by_the_next_ingest(folder, monkeypatch):
     run(folder)
     for index in range(0, 40, 4):
         (folder / f"{index}.jpg").write_bytes(draw_jpeg(index))
-    killed = []
 
     def kill(*arguments):
-        killed.append(arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("extractor.ingest.strike_out", kill)
+        patch.setattr("extractor.ingest.finish", kill)
         with pytest.raises(KeyboardInterrupt):
             run(folder, retry_rejects=True)
-    assert len(killed) == 1
     assert len(ledger(folder)) == 12, "the old ones and the malformed row anew"
-    again = run(folder, retry_rejects=True)
-    assert again.already_done
+    (folder / "q.jsonl").write_text(json.dumps({"image": "1.jpg", "caption": "another"}) + "\n")
+    assert run(folder, "q.jsonl").pairs == 1
     assert ledger(folder) == [(41, "malformed line")]
-    assert sorted(captions(folder)) == sorted(f"c{index}" for index in range(40))
+    assert not list((folder / "lake").glob("ingest/*"))
+    assert sorted(captions(folder)) == sorted([*(f"c{index}" for index in range(40)), "another"])
+
+
+def test_a_link_that_is_dead_once_more_can_be_tried_again(folder):
+    run(folder)
+    assert run(folder, retry_rejects=True).pairs == 0
+    assert len(ledger(folder)) == 11
+    (folder / "0.jpg").write_bytes(draw_jpeg(0))
+    again = run(folder, retry_rejects=True)
+    assert (again.already_done, again.pairs, again.rejects) == (False, 1, 10)
+    assert len(ledger(folder)) == 10
+
+
+def test_rows_that_moved_in_their_table_stay_in_the_ledger(folder, caplog):
+    run(folder)
+    before = ledger(folder)
+    lines = (folder / "p.jsonl").read_text()
+    (folder / "p.jsonl").write_text(json.dumps({"image": "1.jpg", "caption": "new"}) + "\n" + lines)
+    for index in range(0, 40, 4):
+        (folder / f"{index}.jpg").write_bytes(draw_jpeg(index))
+    with caplog.at_level("WARNING", "mmkd"):
+        report = run(folder, retry_rejects=True)
+    assert report.retried == 0
+    assert ledger(folder) == before
+    assert "are not where they were" in caplog.text
+
+
+def test_a_table_of_the_same_name_elsewhere_is_another(folder, tmp_path_factory, caplog):
+    run(folder)
+    elsewhere = tmp_path_factory.mktemp("other") / folder.name
+    elsewhere.mkdir()
+    (elsewhere / "p.jsonl").write_text((folder / "p.jsonl").read_text())
+    for index in range(40):
+        (elsewhere / f"{index}.jpg").write_bytes(draw_jpeg(index))
+    with caplog.at_level("WARNING", "mmkd"):
+        report = ingest(
+            str(elsewhere / "p.jsonl"), str(folder / "lake"), IngestConfig(shard_rows=16), retry_rejects=True
+        )
+    assert (report.input, len(ledger(folder))) == (0, 11)
+    assert "name the sources as you did then" in caplog.text
+
+
+def test_a_retry_makes_no_lake_and_many_dead_links_are_no_reason_to_stop(folder):
+    with pytest.raises(LakeError, match="There is no lake"):
+        run(folder, retry_rejects=True)
+    assert not (folder / "lake").exists()
+    rows = [{"url": f"http://127.0.0.1:9/{index}.png", "caption": f"{index}"} for index in range(30)]
+    (folder / "u.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fetch = {"seconds": 5, "retries": 0, "max_unreachable": 1}
+    (folder / "v.jsonl").write_text(json.dumps({"image": "1.jpg", "caption": "c"}) + "\n")
+    assert run(folder, "v.jsonl").pairs == 1
+    both = [str(folder / "u.jsonl"), str(folder / "v.jsonl")]
+    ingest(both, str(folder / "lake"), IngestConfig(shard_rows=16, fetch=fetch))
+    fetch["max_unreachable"] = 0.5
+    report = ingest(both, str(folder / "lake"), IngestConfig(shard_rows=16, fetch=fetch), retry_rejects=True)
+    assert (report.input, report.rejects, report.retried) == (30, 30, 30)
 
 
 def test_a_limit_that_was_raised_lets_rows_of_a_tar_in(tmp_path):
@@ -118,17 +173,3 @@ def test_a_limit_that_was_raised_lets_rows_of_a_tar_in(tmp_path):
     assert (again.input, again.pairs) == (3, 3)
     assert sorted(captions(tmp_path)) == [f"c{i}" for i in range(6)]
     assert ledger(tmp_path) == []
-
-
-def test_striking_out_spares_the_ledger_of_the_retry_and_other_sources(folder):
-    run(folder)
-    lake = open_lake(str(folder / "lake"))
-    before = ledger(folder)
-    (name,) = lake.storage.list_files(INGEST_REJECTS)
-    rows = find_rejects(lake, plan_sources([str(folder / "p.jsonl")], IngestConfig())).rows
-    strike_out(lake, rows, name.partition("-")[0])
-    assert ledger(folder) == before
-    strike_out(lake, frozenset((source, f"other/{key}", row) for source, key, row in rows), "x")
-    assert ledger(folder) == before
-    strike_out(lake, rows, "x")
-    assert lake.storage.list_files(INGEST_REJECTS) == []
