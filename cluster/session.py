@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
+
 from cluster.reaching import home_fault, insist_on_answer
 from common.errors import ClusterError
 from common.logs import logger
@@ -19,6 +21,8 @@ from common.logs import logger
 # Decode tasks and training workers are counted in whole CPUs; a small machine still needs room for both kinds.
 MIN_LOGICAL_CPUS = 4
 IDLE_WORKER_LIFE_MS = "600000"
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Processes that serve a raylet (2.60) and outlive one whose driver was killed, for a minute."""
 STREAM_THREADS = ("StreamingExecutor", "iter_threaded")
 """So Ray Data (2.60) names the threads of a stream that ask Ray for something, in the process that reads it."""
 STREAMS_END_SECONDS = 10.0
@@ -68,6 +72,7 @@ def ray_session(num_gpus: int | None = None) -> Iterator[None]:
             ray.init(**quiet)
         else:
             _need_no_home()
+            _end_orphans()
             cpus = max(os.cpu_count() or 1, MIN_LOGICAL_CPUS)
             logger.info("starting a local Ray (%d logical CPUs)", cpus)
             ray.init(address="local", num_cpus=cpus, num_gpus=num_gpus, include_dashboard=False, **quiet)
@@ -89,6 +94,18 @@ def _let_streams_end() -> None:
     for thread in threading.enumerate():
         if thread.name.startswith(STREAM_THREADS):
             thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _end_orphans() -> None:
+    """End what drivers that were killed left of their local Rays: this user's agents whose raylet is gone."""
+    for process in psutil.process_iter():
+        try:
+            if process.name() in AGENTS and process.uids().real == os.getuid():
+                parent = process.parent()
+                if parent is None or parent.name() != "raylet":
+                    process.kill()
+        except psutil.Error:  # gone meanwhile
+            continue
 
 
 def _need_no_home() -> None:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 pytestmark = pytest.mark.ray
@@ -82,3 +83,39 @@ def test_a_stream_that_was_closed_early_has_ended_before_ray_has():
     done = subprocess.run([sys.executable, "-c", STREAM], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["['StreamingExecutor', 'iter_threaded']", "[]"], done.stderr
+
+
+KILLED = """
+import sys, time
+from cluster.session import ray_session
+
+with ray_session():
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_driver_leaves_is_ended_by_the_next_and_no_one_elses():
+    drivers = [subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        assert [driver.stdout.readline() for driver in drivers] == ["ready\n"] * 2
+        dead, living = (psutil.Process(driver.pid).children(recursive=True) for driver in drivers)
+        drivers[0].kill()
+        drivers[0].wait()
+        # Ray's own agents end by themselves, but only after a minute.
+        left = [process for process in dead if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+        done = subprocess.run(
+            [sys.executable, "-c", "from cluster.session import ray_session\nwith ray_session(): pass"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert left, "otherwise this shows nothing"
+        _, alive = psutil.wait_procs(left, timeout=5)
+        assert not alive
+        assert all(process.is_running() for process in living)
+    finally:
+        for driver in drivers:
+            driver.kill()
+            driver.wait()
