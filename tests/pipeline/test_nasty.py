@@ -62,7 +62,7 @@ def ingested(ray_local, files, tmp_path_factory):
     lake = open_lake(str(folder / "lake"))
 
     def by_file(table):
-        return {row["source_key"].partition("/")[2]: row for row in table.to_pylist()}
+        return {row["source_key"].rpartition("/")[2]: row for row in table.to_pylist()}
 
     rejects = [lake.storage.read_table(f"rejects/ingest/{n}") for n in lake.storage.list_files("rejects/ingest")]
     return report, by_file(lake.read_pairs(0)), by_file(rejects[0])
