@@ -43,6 +43,8 @@ USUAL_NAMES: dict[str, tuple[str, ...]] = {  # what -> column names tried in thi
     "id": (),
     "group": (),
 }
+SAID_COLUMNS = 20
+"""So many of the columns that are not read are named in the log."""
 
 
 def choose_columns(
@@ -120,9 +122,6 @@ def _use_of(part: Part) -> str:
     rest = f"; not read: {', '.join(unread[:SAID_COLUMNS])}{more} (--keep-columns keeps them)" if unread else ""
     none = "" if columns.caption else "; there is no caption column, so these are pictures without captions"
     return f"{used}{kept}{rest}{none}"
-
-
-SAID_COLUMNS = 20
 
 
 def record_of(row: Mapping[str, Any], part: Part, number: int, config: IngestConfig, pictures: Pictures) -> Row:
