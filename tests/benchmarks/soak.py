@@ -71,6 +71,8 @@ class Soak:
         self.pictures = 0
         self.sources: list[Path] = []
         self.done: Counter[str] = Counter()
+        self.hits = 0
+        """Signals that met a command at work."""
 
     def round(self, number: int) -> str:
         """One fault, and what follows from it; returns what it was.
@@ -106,7 +108,7 @@ class Soak:
             self._finish([*command, "--retry-rejects"])
 
     def _extract(self, number: int, fault: str) -> None:
-        del number
+        self._finish(self._ingest_command(self._another_source(number)))  # so that there is something to embed
         if fault == "damaged bytes":
             self._finish(self._extract_command())
             files = sorted((self.root / "lake" / "features").rglob("*.parquet"))
@@ -142,6 +144,7 @@ class Soak:
         number = {"kill": signal.SIGKILL, "stop": signal.SIGTERM}[fault]
         if process.poll() is None:
             process.send_signal(number)
+            self.hits += 1
         said, status = self._end(process)
         expected = {0, 143} if fault == "stop" else {0, -signal.SIGKILL}
         # Python itself has no handler yet in its first moments.
@@ -340,6 +343,7 @@ def main() -> None:
             print(f"{number + 1:4d} {what:24s} {time.monotonic() - began:6.1f} s", flush=True)
     for what, count in sorted(soak.done.items()):
         print(f"{what:24s} {count:4d}")
+    print(f"{soak.hits} signals met a command at work")
 
 
 if __name__ == "__main__":
