@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,6 +67,7 @@ def ray_session(num_gpus: int | None = None) -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True, "configure_logging": True}
+    restore = _end_orderly_on_sigterm()
     try:
         if address and address != "local":
             logger.info("joining the Ray cluster at %s", address)
@@ -77,15 +80,35 @@ def ray_session(num_gpus: int | None = None) -> Iterator[None]:
             logger.info("starting a local Ray (%d logical CPUs)", cpus)
             ray.init(address="local", num_cpus=cpus, num_gpus=num_gpus, include_dashboard=False, **quiet)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        restore()
         raise ClusterError(
             f"Ray could not be reached or started (RAY_ADDRESS={address or 'not set'}): {error}. "
             "Unset RAY_ADDRESS to run on this machine, or check that the cluster is up with `ray status`."
         ) from error
+    _end_orderly_on_sigterm()  # Ray has put its own handler there, which ends with status 15
     try:
         yield
     finally:
         _let_streams_end()
         ray.shutdown()
+        restore()
+
+
+def _end_orderly_on_sigterm() -> Callable[[], object]:
+    """Let SIGTERM leave this process by its context managers, with status 143; whoever wants more takes it over.
+
+    Returns:
+        What puts the handler back that was there.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+    before = signal.getsignal(signal.SIGTERM)
+
+    def leave(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    return lambda: signal.signal(signal.SIGTERM, before)
 
 
 def _let_streams_end() -> None:

@@ -119,3 +119,26 @@ def test_what_a_killed_driver_leaves_is_ended_by_the_next_and_no_one_elses():
         for driver in drivers:
             driver.kill()
             driver.wait()
+
+
+def test_sigterm_while_nothing_else_listens_ends_with_143_and_without_a_ray():
+    script = (
+        "import time\nfrom cluster.session import ray_session\nwith ray_session():\n    print('ready', flush=True)\n"
+    )
+    driver = subprocess.Popen(
+        [sys.executable, "-c", f"{script}    time.sleep(600)"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert driver.stdout.readline() == "ready\n"
+        family = psutil.Process(driver.pid).children(recursive=True)
+        driver.terminate()
+        _, said = driver.communicate(timeout=60)
+        assert driver.returncode == 143, said
+        _, alive = psutil.wait_procs(family, timeout=15)
+        assert not alive
+    finally:
+        driver.kill()
+        driver.wait()
