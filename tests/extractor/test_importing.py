@@ -136,6 +136,18 @@ def test_a_bad_line_is_a_record_with_its_reason(published, changes, reason):
     assert (good.reason, bad.reason) == (None, reason)
 
 
+def test_ids_groups_and_kept_columns_are_of_the_row_or_its_article(published):
+    published.add("one", speaking("PLIP"))
+    columns = {"id": "id", "group": "folderid"}
+    config = IngestConfig(format="mmkd-features", columns=columns, keep_columns=("article_license",))
+    (part,) = plan_sources([published.table], config)
+    (record,) = read_part(part, config)
+    assert (record.source_id, record.group_id, record.kept) == ("one", "data_1", {"article_license": "CC BY"})
+    nobody = config.model_copy(update={"columns": config.columns.model_copy(update={"group": "patient"})})
+    (part,) = plan_sources([published.table], nobody)
+    assert [record.reason for record in read_part(part, nobody)] == ["no group"]
+
+
 def test_another_table_is_refused_and_a_missing_one(published, tmp_path):
     (tmp_path / "other.jsonl").write_text('{"image": "a.jpg", "caption": "x"}\n')
     with pytest.raises(SourceError, match=r"first line lacks id, folderid, imgpath, txt"):
